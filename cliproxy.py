@@ -406,7 +406,7 @@ BUILTIN_PROVIDERS = r'''{
       "logged_in": [{"argv": ["auth", "status"], "exit": 0}],
       "models": {
         "default": "sonnet",
-        "names": ["sonnet", "opus", "haiku", "fable", "claude-sonnet-5", "claude-opus-4-8", "claude-fable-5", "claude-haiku-4-5-20251001"],
+        "names": ["sonnet", "sonnet[1m]", "opus", "haiku", "fable", "claude-sonnet-5", "claude-opus-4-8", "claude-fable-5", "claude-haiku-4-5-20251001"],
         "aliases": {"claude-haiku-4-5": "claude-haiku-4-5-20251001"},
         "also": "claude-*"
       },
@@ -750,6 +750,7 @@ BUILTIN_PROVIDERS = r'''{
           "images": true,
           "argv": ["-o", "stream-json", "--include-partial-messages", "@args"],
           "stdin": "{transcript}",
+          "guard": "^\\s*[/?!]",
           "events": [
             {"if": {"event.delta.type": "text_delta", "event.delta.text": {"match": "^\\[API Error: "}}, "hold": "event.delta.text"},
             {"if": {"event.delta.type": "text_delta"}, "text": "event.delta.text"},
@@ -766,6 +767,7 @@ BUILTIN_PROVIDERS = r'''{
           "images": true,
           "argv": ["-o", "text", "@args"],
           "stdin": "{transcript}",
+          "guard": "^\\s*[/?!]",
           "stream": true
         }
       ],
@@ -799,7 +801,8 @@ BUILTIN_PROVIDERS = r'''{
 
 # === Configuration ===================================================================================================
 # providers.json becomes Providers. A mistake is named by its JSON path with what was expected, and the server refuses to
-# start on it. Files are merged as JSON Merge Patch does it (RFC 7396: objects merge, null removes, all else replaces).
+# start on it. Files are laid over one another: objects merge, all else replaces, and a provider that is null is gone.
+# (Not RFC 7396, where every null removes: null is a value that the templates need.)
 
 
 class ConfigError(Exception):
@@ -911,17 +914,11 @@ def check(value: Any, shape: Any, path: str) -> None:
         shape(value, path)
 
 
-def merge_patch(base: Any, patch: Any) -> Any:
-    """`base` with `patch` laid over it, as RFC 7396 does it."""
-    if not isinstance(patch, dict):
-        return patch
-    out = dict(base) if isinstance(base, dict) else {}
-    for key, value in patch.items():
-        if value is None:
-            out.pop(key, None)
-        else:
-            out[key] = merge_patch(out.get(key), value)
-    return out
+def merged(base: Any, over: Any) -> Any:
+    """`base` with `over` laid over it: objects merge, everything else replaces."""
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return over
+    return {**base, **{key: merged(base.get(key), value) for key, value in over.items()}}
 
 
 def holes(template: Any) -> Iterator[Tuple[str, str]]:
@@ -1036,7 +1033,9 @@ def make_provider(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any]
 
 
 def merged_providers(files: Sequence[str]) -> Dict[str, Any]:
-    """The built-in providers, a providers.json beside the script, then each of `files`, laid over one another and checked."""
+    """The built-in providers, a providers.json beside the script, then each of `files`, laid over one another and checked.
+
+    The result may still name variables that do not exist; make_provider() finds those."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "providers.json")
     config: Dict[str, Any] = json.loads(BUILTIN_PROVIDERS)
     for path in [*([beside] if os.path.exists(beside) else []), *files]:
@@ -1047,7 +1046,9 @@ def merged_providers(files: Sequence[str]) -> Dict[str, Any]:
             raise ConfigError(f"{path} cannot be read: {e.strerror}") from None
         except ValueError as e:
             raise ConfigError(f"{path} is not JSON: {e}") from None
-        config = merge_patch(config, patch)
+        config = merged(config, patch)
+        if isinstance(config.get("providers"), dict):
+            config["providers"] = {name: row for name, row in config["providers"].items() if row is not None}
         check(config, PROVIDERS_SHAPE, path + ": $")
     check(config, PROVIDERS_SHAPE, "$")
     if config["version"] != 1:
@@ -1849,9 +1850,10 @@ def responses_items(messages: Sequence[Message]) -> List[Dict[str, Any]]:
     return out
 
 
-def transcript(messages: Sequence[Message]) -> str:
-    """The whole conversation as one text, for a CLI that takes nothing else. A lone user message stays as it is, byte for byte."""
-    if len(messages) == 1 and messages[0].role == "user":
+def transcript(messages: Sequence[Message], guard: Optional[str] = None) -> str:
+    """The whole conversation as one text, for a CLI that takes nothing else. A lone user message stays as it is, byte for byte,
+    unless the pattern `guard` fits its start (a CLI would take it for a command)."""
+    if len(messages) == 1 and messages[0].role == "user" and not (guard and re.match(guard, messages[0].text)):
         return messages[0].text
     blocks = []
     for m in messages:
@@ -1897,7 +1899,8 @@ class Variables:
         messages = turn.request.messages
         lead = next((i for i, m in enumerate(messages) if m.role != "system"), len(messages))
         history, prompt = split_last(messages[lead:], strategy.row.get("split")) if lead < len(messages) else ((), None)
-        if prompt is not None and strategy.row.get("guard") and re.match(strategy.row["guard"], prompt):
+        guard = strategy.row.get("guard")
+        if prompt is not None and guard and re.match(guard, prompt):
             prompt = f"<user>\n{prompt}\n</user>"
         uses_prompt = any(name == "prompt" for name, _ in holes(strategy.row.get("stdin", "")))
         self._history: Sequence[Message] = history if uses_prompt else messages[lead:-1]
@@ -1906,7 +1909,7 @@ class Variables:
         self._values: Dict[str, Any] = {
             "dir": place, "self": os.path.abspath(__file__), "python": sys.executable, "uuid": str(uuid.uuid4()), "model": turn.model or MISSING,
             "system": "\n\n".join(systems) or MISSING, "preamble": "\n\n".join(m.text for m in messages[:lead] if m.text) or MISSING,
-            "prompt": prompt if prompt else MISSING, "transcript": transcript(messages),
+            "prompt": prompt if prompt else MISSING, "transcript": transcript(messages, guard),
             "schema": form.get("json_schema", {}).get("schema", MISSING) if form.get("type") == "json_schema" else MISSING,
             "json_mime": "application/json" if form.get("type") in ("json_object", "json_schema") else MISSING,
             "history": True if self._history else MISSING}
@@ -2003,8 +2006,8 @@ def _fill_branch(arg: Mapping[str, Any], lookup: Lookup) -> List[str]:
     value = lookup(*arg[kind].partition(":")[::2])
     if kind == "each":
         items = [] if value is MISSING else value
-        return [a for item in items for a in fill_args(arg["argv"], (), lambda n, x, item=item: item if n == "item" else lookup(n, x))]  # type: ignore[misc]
-    return fill_args(arg["argv"], (), lookup) if (value is MISSING) == (kind == "unless") else []
+        return [a for item in items for a in fill_args([arg["argv"]], (), lambda n, x, item=item: item if n == "item" else lookup(n, x))]  # type: ignore[misc]
+    return fill_args([arg["argv"]], (), lookup) if (value is MISSING) == (kind == "unless") else []
 
 
 def fill_lines(spec: Mapping[str, Any], variables: Variables) -> Any:
