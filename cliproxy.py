@@ -69,7 +69,7 @@ import uuid
 from collections import deque
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 VERSION = "0.1.0"
 
@@ -286,6 +286,11 @@ class AuthenticationFailed(ProviderError):
     advice = "its login or key was refused, so renew it: {login}"
 
 
+class PermissionDenied(ProviderError):
+    status, type, code, should_retry = 403, "permission_error", "provider_permission_denied", False
+    advice = "check what this account may use, or log in with another: {login}"
+
+
 class RateLimited(ProviderError):
     status, type, code, should_retry = 429, "rate_limit_error", "rate_limit_exceeded", True
     advice = "wait, or use another model"
@@ -316,6 +321,11 @@ class ProviderBadRequest(ProviderError):
     advice = "change the request: its service will not take it as it is"
 
 
+class ParameterRefused(ProviderBadRequest):
+    """Its service does not take one parameter, `parameter`. The router leaves that out and asks again."""
+    parameter = ""
+
+
 class Overloaded(ProviderError):
     status, type, code, should_retry = 503, "server_error", "overloaded", True
 
@@ -340,18 +350,19 @@ class TimedOut(ProviderError):
 
 
 ERROR_CLASSES = {
-    "not_logged_in": NotLoggedIn, "authentication": AuthenticationFailed, "rate_limit": RateLimited, "quota": QuotaUsedUp,
+    "not_logged_in": NotLoggedIn, "authentication": AuthenticationFailed, "permission": PermissionDenied, "rate_limit": RateLimited, "quota": QuotaUsedUp,
     "billing": BillingRefused, "context_length": ContextLengthExceeded, "model_not_found": ModelNotFound, "refusal": Refused,
     "bad_request": ProviderBadRequest, "overloaded": Overloaded, "server_error": UpstreamFailed, "unreachable": Unreachable,
-    "crashed": Crashed, "timeout": TimedOut,
+    "crashed": Crashed, "timeout": TimedOut, "parameter": ParameterRefused,
 }
 WHAT_HAPPENED = {
-    "not_logged_in": "{name} is not logged in", "authentication": "{name} could not authenticate", "rate_limit": "{name} is rate limited",
+    "not_logged_in": "{name} is not logged in", "authentication": "{name} could not authenticate",
+    "permission": "{name} is not allowed to do this", "rate_limit": "{name} is rate limited",
     "quota": "{name} has used up its limit", "billing": "{name} was refused for billing reasons",
     "context_length": "the request is too long for {name}", "model_not_found": "{name} does not know the model",
     "refusal": "{name} declined", "bad_request": "{name}'s service refused the request", "overloaded": "{name}'s service is overloaded",
     "server_error": "{name}'s service failed", "unreachable": "{name} could not reach its service, or lost it", "crashed": "{name} crashed",
-    "timeout": "{name} timed out",
+    "timeout": "{name} timed out", "parameter": "{name}'s service refused a parameter",
 }
 
 
@@ -371,6 +382,7 @@ BUILTIN_PROVIDERS = r'''{
     "slots": 8,
     "timeouts": {"queue": 60, "start": 60, "first": 600, "idle": 300, "total": 3600},
     "errors": [
+      {"error": "parameter", "match": "^(?=.*(?:unsupported|not support|may only be set|cannot both be|not allowed|deprecated)).*?\\b(?P<parameter>temperature|top_p|seed|stop_sequences|presence_penalty|frequency_penalty|reasoning_effort|response_format|logit_bias)\\b"},
       {"error": "not_logged_in", "match": "not logged in|please run /login|no auth type is selected|please set an auth method|missing api key|missing environment variable|authorization is required|specify the GEMINI_API_KEY"},
       {"error": "context_length", "match": "prompt is too long|context_length_exceeded|maximum context length|input token count|ran out of room in the model's context window|input exceeds the maximum length|request too large|range of input length"},
       {"error": "model_not_found", "match": "issue with the selected model|is not found for api version|model_not_found|model .{1,80} does not exist|model .{1,80} not found"},
@@ -378,7 +390,8 @@ BUILTIN_PROVIDERS = r'''{
       {"error": "quota", "match": "usage limit|hit your .{0,24}limit|daily quota|quota will reset|exhausted your (capacity|daily)"},
       {"error": "rate_limit", "status": [429]},
       {"error": "rate_limit", "match": "rate.?limit|too many requests|\\b429\\b|exceeded your current quota|resource.?exhausted|temporarily limiting requests"},
-      {"error": "authentication", "status": [401, 403]},
+      {"error": "authentication", "status": [401]},
+      {"error": "permission", "status": [403]},
       {"error": "authentication", "match": "invalid api key|api_key_invalid|api key not valid|failed to authenticate|unauthenticated|unauthorized"},
       {"error": "model_not_found", "status": [404]},
       {"error": "context_length", "status": [413]},
@@ -583,11 +596,9 @@ BUILTIN_PROVIDERS = r'''{
       ],
       "errors": [
         {"error": "not_logged_in", "exit": [41]},
-        {"error": "authentication", "match": "API_KEY_INVALID|\"code\":40[13]"},
-        {"error": "context_length", "match": "input token count"},
-        {"error": "server_error", "match": "\"code\":500|internal error|INTERNAL"},
-        {"error": "overloaded", "match": "\"code\":503|UNAVAILABLE|exit 247"}
+        {"error": "authentication", "match": "API_KEY_INVALID"}
       ],
+      "status": "\"code\": ?(\\d{3})\\b",
       "exit_status": {"145": 401, "147": 403, "173": 429, "244": 500, "247": 503, "144": 400, "17": 529}
     },
     "codex": {
@@ -686,9 +697,9 @@ BUILTIN_PROVIDERS = r'''{
       ],
       "errors": [
         {"error": "context_length", "match": "input exceeds the maximum length|input_too_large"},
-        {"error": "bad_request", "match": "invalid_request_error"}
+        {"error": "bad_request", "match": "invalid_request_error|^\\{\"detail\"|unsupported|invalid value"}
       ],
-      "status": "unexpected status (\\d{3})|last status: (\\d{3})"
+      "status": "unexpected status (\\d{3})|last status: (\\d{3})|\"code\": ?(\\d{3})\\b"
     },
     "qwen": {
       "title": "Qwen Code, by Alibaba",
@@ -757,7 +768,9 @@ BUILTIN_PROVIDERS = r'''{
             {"if": {"event.delta.type": "thinking_delta"}, "thinking": "event.delta.thinking"},
             {"if": {"type": "system", "subtype": "init"}, "must_be_empty": "tools"},
             {"if": {"type": "result", "is_error": true}, "error": {"message": "error.message"}},
-            {"if": {"type": "result", "@held": true, "usage.output_tokens": 0}, "error": {"message": "@held"}},
+            {"if": {"type": "result", "@held": {"match": "Model stream ended with empty response text"}}, "usage": {"input": "usage.input_tokens", "output": "usage.output_tokens"}, "done": "stop", "drop_held": true},
+            {"if": {"type": "result", "@held": {"exists": true}, "usage.output_tokens": 0}, "error": {"message": "@held"}},
+            {"if": {"type": "result", "@held": {"match": "\\(cause: [^)]*\\)\\]$"}}, "error": {"message": "@held"}},
             {"if": {"type": "result"}, "usage": {"input": "usage.input_tokens", "output": "usage.output_tokens", "cached": "usage.cache_read_input_tokens"}, "done": "stop"},
             {"if": {"type": ["system", "stream_event", "assistant", "user"]}, "skip": true}
           ]
@@ -861,7 +874,7 @@ def _driver_name(value: Any, path: str) -> None:
 _ERROR_RULES = [{"error": _error_class, "match?": _regex, "status?": [int], "exit?": [int], "kind?": [str]}]
 _ENV = {"pass?": [str], "set?": {"*": _template}}
 _TIMEOUTS = {"queue?": float, "start?": float, "first?": float, "idle?": float, "total?": float}
-_EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "hold?": str, "done?": str, "kill?": bool, "skip?": bool,
+_EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool, "skip?": bool,
                "must_be_empty?": str, "reset?": str, "error?": {"message": str, "status?": str, "kind?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
 _STRATEGY = {"driver": _driver_name, "argv": _launch_args, "stdin?": _template, "images?": bool, "split?": _regex, "guard?": _regex,
@@ -2168,17 +2181,35 @@ def classify(provider: Provider, message: str, status: Optional[int] = None, kin
     if status is None and exit_status is not None:
         status = provider.row.get("exit_status", {}).get(str(exit_status))
     for rule, pattern in provider.errors:
-        if pattern is not None and not pattern.search(message):
+        found = pattern.search(message) if pattern is not None else None
+        if pattern is not None and not found:
             continue
         if any(key in rule and value not in rule[key] for key, value in (("status", status), ("exit", exit_status), ("kind", kind))):
             continue
-        return provider_error(provider, rule["error"], message, reset)
+        error = provider_error(provider, rule["error"], message, reset)
+        if isinstance(error, ParameterRefused) and found:
+            error.parameter = found.group("parameter")
+        return error
     return None
+
+
+def plain_words(message: str) -> str:
+    """A CLI's error message on one line, without its wrapping: the text inside "[API Error: ...]" and of a JSON error object."""
+    text = " ".join(message.split())
+    m = re.match(r"\[?API Error: (.*?)\]?( Please .*)?$", text)
+    text = m.group(1) if m else text
+    start = text.find("{")
+    try:
+        body, end = json.JSONDecoder().raw_decode(text[start:]) if start >= 0 else (None, 0)
+    except ValueError:
+        return text
+    inner = dig(body, ("error", "message")) or dig(body, ("message",)) or dig(body, ("detail",))
+    return text[:start] + inner + text[start + end:] if isinstance(inner, str) else text
 
 
 def provider_error(provider: Provider, name: str, message: str, reset: Optional[float] = None) -> ProviderError:
     """An error of a class named as in providers.json, worded for a person."""
-    cls, words = ERROR_CLASSES[name], " ".join(message.split())
+    cls, words = ERROR_CLASSES[name], plain_words(message)
     retry_after = reset if reset is not None else parse_reset(provider, message)
     if cls is NotLoggedIn:                  # "claude is not logged in: run "claude" and type /login"
         return cls(WHAT_HAPPENED[name].format(name=provider.name), provider.login)
@@ -2249,7 +2280,7 @@ class JsonLines:
             self._noise.append(str(line)[:1000])
             return
         scope.enter("idle" if self._seen_text else "first")
-        line["@text"], line["@held"] = self._seen_text, bool(self._held)
+        line["@text"], line["@held"] = self._seen_text, self._held or None
         for rule in self._strategy.events:
             if rule.fits(line):
                 yield from self._obey(rule, line, child)
@@ -2279,7 +2310,7 @@ class JsonLines:
         if rule.usage:
             yield Usage(**{key: self._count(line, where) for key, where in rule.usage.items()})
         if "done" in row:
-            if self._held:
+            if self._held and not row.get("drop_held"):
                 yield Text(self._held)
             child.kill() if row.get("kill") else child.release()
             yield Done(row["done"])
@@ -2295,7 +2326,7 @@ class JsonLines:
         status, kind = dig(line, rule.error.get("status", ("@none",))), dig(line, rule.error.get("kind", ("@none",)))
         exit_status = child.wait(1.0) if "exit_status" in self._provider.row else None      # some say more by it than in words
         found = classify(self._provider, message, status if isinstance(status, int) else None, str(kind or ""), exit_status, self._reset)
-        return found or ProviderError(f"{self._provider.name} failed", " ".join(message.split())[:600], ProviderError.advice)
+        return found or ProviderError(f"{self._provider.name} failed", plain_words(message)[:600], ProviderError.advice)
 
 
 class FileWatch:
@@ -2485,6 +2516,7 @@ class Answer:
             self.usage = Usage(estimate_tokens(asked), estimate_tokens("".join(self._answer_chars))).merged(self.usage)
 
 
+WIRE_NAMES = {"stop_sequences": "stop", "reasoning_effort": "effort", "max_output_tokens": "max_tokens", "max_completion_tokens": "max_tokens"}
 INERT = {"n", "stream", "parallel_tool_calls"}      # given, obeyed by the dialect or without any effect here
 
 
@@ -2498,6 +2530,7 @@ class Router:
         self._slots = {name: Slots(p.row["slots"]) for name, p in providers.items()}
         self._lock = threading.Lock()
         self._broken: Dict[Tuple[str, str], str] = {}       # (provider, driver) -> the binary it broke with
+        self._refused: Set[Tuple[str, str, str]] = set()    # (provider, model, parameter) that its service would not take
         self._prepared: Dict[Tuple[str, str], Any] = {}     # (provider, binary) -> {"prepared:NAME": path}
 
     # --- which provider ---
@@ -2562,28 +2595,34 @@ class Router:
             slots.release()
 
     def _down_the_strategies(self, answer: Answer) -> Iterator[Event]:
+        """The best strategy that works; before the first event the next one, or the same one without a parameter that was refused."""
         turn, binary = answer.turn, answer.turn.provider.binary(os.environ) or ""
-        identity = self._identity(binary)
-        failure: Optional[FormatChanged] = None
-        for strategy in self._fitting(turn, identity):
-            answer.strategy, committed = strategy, False
-            answer.params = self._params(turn, strategy)
+        name, identity = turn.provider.name, self._identity(binary)
+        ways, failure = deque(self._fitting(turn, identity)), None      # type: Tuple[deque, Optional[FormatChanged]]
+        while ways:
+            strategy, committed = ways.popleft(), False
+            answer.strategy, answer.params = strategy, self._params(turn, strategy)
             try:
                 for event in self._attempt(answer, strategy, binary):
                     committed = committed or not isinstance(event, Waiting)
                     yield event
                 return
+            except ParameterRefused as e:
+                parameter = WIRE_NAMES.get(e.parameter, e.parameter)
+                if committed or answer.params.get(parameter) != "native":
+                    raise
+                self._refused.add((name, turn.model, parameter))
+                self._log(level="warning", event="parameter-refused", provider=name, model=turn.model, parameter=parameter, why=e.message)
+                ways.appendleft(strategy)
             except FormatChanged as e:
                 failure = e
-                with self._lock:
-                    known = self._broken.get((turn.provider.name, strategy.driver)) == identity
-                    self._broken[turn.provider.name, strategy.driver] = identity
-                if not known:
-                    self._log(level="warning", event="step-down", provider=turn.provider.name, strategy=strategy.driver, why=str(e),
+                if self._broken.get((name, strategy.driver)) != identity:
+                    self._broken[name, strategy.driver] = identity
+                    self._log(level="warning", event="step-down", provider=name, strategy=strategy.driver, why=str(e),
                               hint="this version of the CLI prints what the rules do not know; run: cliproxy.py doctor --live")
                 if committed:
                     break
-        raise Crashed(f"{turn.provider.name} answered in a form that no strategy understands", str(failure or ""),
+        raise Crashed(f"{name} answered in a form that no strategy understands", str(failure or ""),
                       "see `cliproxy.py doctor --live`: this version of the CLI may be newer than what cliproxy was tested with")
 
     def _fitting(self, turn: Turn, identity: str) -> List[Strategy]:
@@ -2600,7 +2639,8 @@ class Router:
         out = {}
         for name in turn.request.params:
             if name not in INERT:
-                out[name] = "native" if name in strategy.native else "emulated" if name in ("stop", "max_tokens") else "ignored"
+                refused = (turn.provider.name, turn.model, name) in self._refused
+                out[name] = "native" if name in strategy.native and not refused else "emulated" if name in ("stop", "max_tokens") else "ignored"
         ignored = [name for name, how in out.items() if how == "ignored"]
         if ignored and self._strict:
             raise BadRequest(f"{turn.provider.name} has no way to honour {', '.join(ignored)}", "the proxy runs with --strict",
@@ -2613,7 +2653,8 @@ class Router:
         outside = {"hop": self.hop, **self._outside(turn.provider), **self.prepared(turn.provider, binary)}
         place = make_place(self.spawner.root, turn.provider, lambda name, arg: os.environ.get(arg) or MISSING if name == "env" else MISSING)
         try:
-            launch = make_launch(turn, strategy, binary, place, Variables(turn, strategy, place, outside), self.own_ports)
+            given = replace(turn.request, params={k: v for k, v in params.items() if answer.params.get(k) == "native"})
+            launch = make_launch(turn, strategy, binary, place, Variables(replace(turn, request=given), strategy, place, outside), self.own_ports)
             scope.enter("start")
             child = self.spawner.spawn(launch.argv, launch.env, launch.cwd, launch.on_tty, place)
         except OSError as e:
