@@ -2229,7 +2229,7 @@ def no_answer(provider: Provider, child: Child, said: str, unknown: int) -> Exce
     if status == 0 and (unknown or said) or (status and FLAGS_REFUSED.search(errors or said)):
         return FormatChanged(" ".join((errors or said).split())[:200] or f"{unknown} lines of unknown types")
     if status is not None and status < 0:
-        how = f"killed by signal {-status} ({signal.Signals(-status).name})"
+        how = f"was killed by signal {-status} ({signal.Signals(-status).name})"
     else:
         how = f"ended with exit status {status}" if status is not None else "closed its output and went on running"
     words = " ".join((errors or said).split())[-400:]
@@ -2530,6 +2530,7 @@ class Router:
         self._slots = {name: Slots(p.row["slots"]) for name, p in providers.items()}
         self._lock = threading.Lock()
         self._broken: Dict[Tuple[str, str], str] = {}       # (provider, driver) -> the binary it broke with
+        self.logged_in: Dict[str, Optional[bool]] = {}      # what the last look at each provider found
         self._refused: Set[Tuple[str, str, str]] = set()    # (provider, model, parameter) that its service would not take
         self._prepared: Dict[Tuple[str, str], Any] = {}     # (provider, binary) -> {"prepared:NAME": path}
 
@@ -2614,6 +2615,10 @@ class Router:
                 self._refused.add((name, turn.model, parameter))
                 self._log(level="warning", event="parameter-refused", provider=name, model=turn.model, parameter=parameter, why=e.message)
                 ways.appendleft(strategy)
+            except (AuthenticationFailed, Unreachable) as e:
+                if self.logged_in.get(name) is False:       # codex asks its service all the same, and says only what that said
+                    raise provider_error(turn.provider, "not_logged_in", e.message) from None
+                raise
             except FormatChanged as e:
                 failure = e
                 if self._broken.get((name, strategy.driver)) != identity:
@@ -3588,7 +3593,7 @@ def look_at(router: Router, provider: Provider, say: Callable[[str], None]) -> b
         say(f"  {provider.name:<8} not installed      {provider.row.get('install') or 'see its website'}")
         return False
     version, tested = probe_version(router, provider, binary)
-    login = probe_login(router, provider, binary)
+    login = router.logged_in[provider.name] = probe_login(router, provider, binary)
     state = f"{version or 'built in':<18} {'' if tested else 'untested version; '}"
     say(f"  {provider.name:<8} {state}{'ready' if login is not False else 'not logged in: ' + provider.login}")
     return login is not False
