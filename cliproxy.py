@@ -400,7 +400,7 @@ BUILTIN_PROVIDERS = r'''{
       {"error": "overloaded", "match": "overloaded|at capacity|model is unavailable"},
       {"error": "server_error", "status": [500, 501, 502, 504]},
       {"error": "server_error", "match": "experiencing high demand|internal server error|server_error"},
-      {"error": "unreachable", "match": "unable to connect|connection (error|failed|refused|reset|to the api was lost)|fetch failed|econn|enotfound|etimedout|stream disconnected|^\\[?api error: terminated|without a finish reason|network error"},
+      {"error": "unreachable", "match": "unable to connect|connection (error|failed|refused|reset|to the api was lost)|fetch failed|econn|enotfound|etimedout|stream disconnected|(?:^|: )terminated\\b|without a finish reason|network error"},
       {"error": "timeout", "match": "timed? ?out|timeout"}
     ],
     "reset": [
@@ -489,7 +489,8 @@ BUILTIN_PROVIDERS = r'''{
           "guard": "^\\s*/",
           "stream": false
         }
-      ]
+      ],
+      "status": "API Error: (\\d{3})\\b|Request rejected \\((\\d{3})\\)"
     },
     "gemini": {
       "title": "Gemini CLI, by Google",
@@ -598,7 +599,8 @@ BUILTIN_PROVIDERS = r'''{
         {"error": "not_logged_in", "exit": [41]},
         {"error": "authentication", "match": "API_KEY_INVALID"}
       ],
-      "status": "\"code\": ?(\\d{3})\\b",
+      "status": "(?m)\"code\": ?(\\d{3})\\b|^  (?:status|code): (\\d{3})\\b",
+      "failure": "client-error-\\S+ (\\w*Error: .*)",
       "exit_status": {"145": 401, "147": 403, "173": 429, "244": 500, "247": 503, "144": 400, "17": 529}
     },
     "codex": {
@@ -691,7 +693,6 @@ BUILTIN_PROVIDERS = r'''{
           "images": true,
           "argv": ["exec", {"if": "history", "argv": ["resume", "{uuid}"]}, "@args", "-"],
           "stdin": "{prompt}",
-          "terminal": ["stdout"],
           "stream": false
         }
       ],
@@ -699,7 +700,8 @@ BUILTIN_PROVIDERS = r'''{
         {"error": "context_length", "match": "input exceeds the maximum length|input_too_large"},
         {"error": "bad_request", "match": "invalid_request_error|^\\{\"detail\"|unsupported|invalid value"}
       ],
-      "status": "unexpected status (\\d{3})|last status: (\\d{3})|\"code\": ?(\\d{3})\\b"
+      "status": "unexpected status (\\d{3})|last status: (\\d{3})|\"code\": ?(\\d{3})\\b",
+      "failure": "(?m)^(?:ERROR|Error): (.*)"
     },
     "qwen": {
       "title": "Qwen Code, by Alibaba",
@@ -784,7 +786,8 @@ BUILTIN_PROVIDERS = r'''{
           "stream": true
         }
       ],
-      "status": "^\\[API Error: (\\d{3})\\b|^(\\d{3})\\b"
+      "status": "(?m)^\\[API Error: (\\d{3})\\b|^(\\d{3})\\b",
+      "failure": "(\\[API Error: .*\\])"
     },
     "echo": {
       "title": "built in: says the last user message back, so that a machine with no CLI answers too",
@@ -889,7 +892,7 @@ _PROVIDER = {
     "links?": {"*": str}, "files?": {"*": _template}, "args?": _launch_args,
     "prepare?": {"*": {"argv": [str], "each?": str, "set?": {"*": _template}, "drop?": [str]}},
     "watch?": {"files": str, "match": _regex}, "strategies": [_STRATEGY], "errors?": _ERROR_RULES, "exit_status?": {"*": int},
-    "status?": _regex, "slots?": int, "timeouts?": _TIMEOUTS,
+    "status?": _regex, "failure?": _regex, "slots?": int, "timeouts?": _TIMEOUTS,
 }
 PROVIDERS_SHAPE = {"version": int, "defaults?": {"env?": _ENV, "slots?": int, "timeouts?": _TIMEOUTS, "errors?": _ERROR_RULES, "reset?": [_regex]},
                    "providers": {"*": _PROVIDER}}
@@ -2113,7 +2116,7 @@ def make_launch(turn: Turn, strategy: Strategy, binary: str, place: str, variabl
     if data is MISSING:
         raise BadRequest(f"{turn.provider.name} needs a user message with text as the last one",
                          f"this conversation ends in a message of role {turn.request.messages[-1].role}", param="messages")
-    terminal = strategy.row.get("terminal", ["stdout", "stderr"] if strategy.driver == "text" else [])
+    terminal = strategy.row.get("terminal", ["stdout"] if strategy.driver == "text" else [])
     on_tty = tuple(fd for fd, name in enumerate(("stdin", "stdout", "stderr")) if name in terminal)
     argv = [binary, *fill_args(strategy.row["argv"], row.get("args", []), lookup)]
     return Launch(argv, child_environment(turn.provider, lookup, own_ports, os.environ), os.path.join(place, "work"), data.encode("utf-8", "replace"), on_tty, place)
@@ -2175,9 +2178,7 @@ def classify(provider: Provider, message: str, status: Optional[int] = None, kin
              reset: Optional[float] = None) -> Optional[ProviderError]:
     """The error that a CLI's words, HTTP status or exit status mean by the provider's rules; None if no rule fits."""
     message = message.strip()
-    if status is None and provider.row.get("status"):
-        m = re.search(provider.row["status"], message)
-        status = int(next(g for g in m.groups() if g)) if m else None
+    status = http_status(provider, message) if status is None else status
     if status is None and exit_status is not None:
         status = provider.row.get("exit_status", {}).get(str(exit_status))
     for rule, pattern in provider.errors:
@@ -2191,6 +2192,12 @@ def classify(provider: Provider, message: str, status: Optional[int] = None, kin
             error.parameter = found.group("parameter")
         return error
     return None
+
+
+def http_status(provider: Provider, text: str) -> Optional[int]:
+    """The HTTP status that a CLI's words name, by the provider's `status` rule."""
+    m = re.search(provider.row["status"], text) if "status" in provider.row else None
+    return int(next(g for g in m.groups() if g)) if m else None
 
 
 def plain_words(message: str) -> str:
@@ -2223,17 +2230,23 @@ def provider_error(provider: Provider, name: str, message: str, reset: Optional[
 def no_answer(provider: Provider, child: Child, said: str, unknown: int) -> Exception:
     """Why a child ended without an answer that the rules understand: by its words, its exit status, or a changed format."""
     status, errors = child.wait(2.0), child.errors()
-    known = classify(provider, said or errors, exit_status=status) or (classify(provider, errors, exit_status=status) if said and errors else None)
-    if known:
-        return known
+    for text in (errors, said):             # stderr first: what was said may be the model's own words
+        known = classify(provider, _failure(provider, text), http_status(provider, text), exit_status=status)
+        if known:
+            return known
     if status == 0 and (unknown or said) or (status and FLAGS_REFUSED.search(errors or said)):
         return FormatChanged(" ".join((errors or said).split())[:200] or f"{unknown} lines of unknown types")
     if status is not None and status < 0:
         how = f"was killed by signal {-status} ({signal.Signals(-status).name})"
     else:
         how = f"ended with exit status {status}" if status is not None else "closed its output and went on running"
-    words = " ".join((errors or said).split())[-400:]
-    return Crashed(f"{provider.name} {how} before its answer was complete", words, Crashed.advice)
+    return Crashed(f"{provider.name} {how} before its answer was complete", " ".join(_failure(provider, errors or said).split())[-400:], Crashed.advice)
+
+
+def _failure(provider: Provider, text: str) -> str:
+    """The error itself in what a CLI printed around it, by the provider's `failure` rule."""
+    found = re.findall(provider.row["failure"], text) if "failure" in provider.row else []
+    return found[-1] if found else text
 
 
 class JsonLines:
