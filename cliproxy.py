@@ -649,7 +649,7 @@ BUILTIN_PROVIDERS = r'''{
         "-c", "include_permissions_instructions=false", "-c", "include_environment_context=false", "-c", "include_apps_instructions=false",
         "-c", "include_collaboration_mode_instructions=false", "-c", "skills.include_instructions=false", "-c", "skills.bundled.enabled=false",
         "-c", "project_doc_max_bytes=0", "-c", "web_search=\"disabled\"", "-c", "history.persistence=\"none\"", "-c", "analytics.enabled=false",
-        "-c", "check_for_update_on_startup=false", "-c", "agents.enabled=false", "-c", "developer_instructions=\"\"", "-c", "notify=[]",
+        "-c", "check_for_update_on_startup=false", "-c", "agents.enabled=false", "-c", "developer_instructions=\"\"", "-c", "instructions=\"\"", "-c", "notify=[]",
         "-c", "tools.experimental_request_user_input={enabled=false}", "-c", "tools.update_plan={enabled=false}",
         "-c", "features.shell_tool=false", "-c", "features.unified_exec=false", "-c", "features.view_image=false", "-c", "features.goals=false",
         "-c", "features.multi_agent=false", "-c", "features.multi_agent_v2=false", "-c", "features.plugins=false", "-c", "features.apps=false",
