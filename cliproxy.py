@@ -65,6 +65,7 @@ import termios
 import threading
 import time
 import tty
+import urllib.parse
 import uuid
 from collections import deque
 from dataclasses import dataclass, replace
@@ -3203,7 +3204,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._log_line(path)
 
     def _path(self) -> str:
-        path = self.path.partition("?")[0].rstrip("/")
+        path = urllib.parse.unquote(self.path.partition("?")[0]).rstrip("/")     # SDKs send model names as claude%2Fopus
         return (path[3:] if path == "/v1" or path.startswith("/v1/") else path) or "/"
 
     def _log_line(self, path: str) -> None:
