@@ -525,7 +525,9 @@ BUILTIN_PROVIDERS = r'''{
       },
       "derive": {
         "budget": {"from": "effort", "models": "gemini-2\\.5", "map": {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": 24576, "xhigh": 32768, "max": 32768}},
-        "level": {"from": "effort", "models": "gemini-3", "map": {"none": "LOW", "minimal": "LOW", "low": "LOW", "medium": "MEDIUM", "high": "HIGH", "xhigh": "HIGH", "max": "HIGH"}}
+        "level": {"from": "effort", "models": "gemini-3", "map": {"none": "LOW", "minimal": "LOW", "low": "LOW", "medium": "MEDIUM", "high": "HIGH", "xhigh": "HIGH", "max": "HIGH"}},
+        "kind": {"from": "model", "map": {"gemini-2.5-pro": "chat-base-2.5", "gemini-2.5-flash": "chat-base-2.5", "gemini-2.5-flash-lite": "chat-base-2.5",
+                                          "gemini-3-pro-preview": "chat-base-3", "gemini-3-flash-preview": "chat-base-3"}}
       },
       "links": {
         "home/.gemini/oauth_creds.json": "~/.gemini/oauth_creds.json",
@@ -552,7 +554,7 @@ BUILTIN_PROVIDERS = r'''{
               "lite": [{"model": "none", "isLastResort": true, "actions": {"terminal": "prompt", "transient": "prompt", "not_found": "prompt", "unknown": "prompt"}, "stateTransitions": {"terminal": "terminal", "transient": "terminal", "not_found": "terminal", "unknown": "terminal"}}]
             },
             "modelIdResolutions": {"{model}": {"default": "{model}", "contexts": []}},
-            "customAliases": {"cliproxy": {"extends": "{model}", "modelConfig": {"generateContentConfig": {
+            "customAliases": {"cliproxy": {"extends": "{kind|chat-base}", "modelConfig": {"model": "{model}", "generateContentConfig": {
               "temperature": "{temperature}", "topP": "{top_p}", "maxOutputTokens": "{max_tokens}", "stopSequences": "{stop}", "seed": "{seed}",
               "presencePenalty": "{presence_penalty}", "frequencyPenalty": "{frequency_penalty}",
               "responseMimeType": "{json_mime}", "responseJsonSchema": "{schema}",
@@ -602,7 +604,7 @@ BUILTIN_PROVIDERS = r'''{
       ],
       "status": "(?m)\"code\": ?(\\d{3})\\b|^  (?:status|code): (\\d{3})\\b",
       "failure": "client-error-\\S+ (\\w*Error: .*)",
-      "exit_status": {"145": 401, "147": 403, "173": 429, "244": 500, "247": 503, "144": 400, "17": 529}
+      "exit_status": {"144": 400, "145": 401, "147": 403, "157": 413, "173": 429, "244": 500, "246": 502, "247": 503, "248": 504, "17": 529}
     },
     "codex": {
       "title": "Codex CLI, by OpenAI",
@@ -1954,7 +1956,7 @@ class Variables:
             return self._values[name]
         if name in self._derived:
             row = self._derived[name]
-            value = self._request.params.get(row["from"])
+            value = self._model if row["from"] == "model" else self._request.params.get(row["from"])
             return row["map"].get(value, MISSING) if re.search(row.get("models", ""), self._model) else MISSING
         if name in PARAMETERS:
             value = self._request.params.get(name)
@@ -3651,8 +3653,8 @@ def command_doctor(args: argparse.Namespace, providers: Dict[str, Provider]) -> 
 
 
 def command_providers(args: argparse.Namespace, config: Mapping[str, Any]) -> int:
-    """Print the merged providers as JSON; with --builtin, providers.json as the script carries it."""
-    sys.stdout.write(BUILTIN_PROVIDERS if args.builtin else json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    """Print the merged providers as JSON."""
+    sys.stdout.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return 0
 
 
@@ -3774,6 +3776,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = argument_parser().parse_args(words)
     if args.command == "_echo":
         return command_echo(args)
+    if args.command == "providers" and args.builtin:
+        sys.stdout.write(BUILTIN_PROVIDERS)     # before any file is read: it may be on its way into providers.json
+        return 0
     try:
         config = merged_providers(args.providers)
         providers = load_providers(config)
