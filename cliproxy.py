@@ -641,7 +641,6 @@ BUILTIN_PROVIDERS = r'''{
           "drop": ["model_messages"]}
       },
       "files": {
-        "system.md": "{preamble}",
         "schema.json": {"json": "{schema}"},
         "home/sessions/2026/01/01/rollout-2026-01-01T00-00-00-{uuid}.jsonl": {"if": "history", "lines": [
           {"timestamp": "2026-01-01T00:00:00.000Z", "type": "session_meta", "payload": {"id": "{uuid}", "timestamp": "2026-01-01T00:00:00.000Z", "cwd": "{dir}/work", "originator": "codex_exec", "cli_version": "0.169.0", "source": "exec", "model_provider": "{found:provider|cliproxy}"}},
@@ -666,7 +665,6 @@ BUILTIN_PROVIDERS = r'''{
                                           "-c", "model_providers.{found:provider}.http_headers.x-cliproxy-hop=\"{hop}\""]},
         {"unless": "found:provider", "argv": ["-c", "model_provider=\"cliproxy\"", "-c",
           "model_providers.cliproxy={name=\"OpenAI\",wire_api=\"responses\",requires_openai_auth=true,request_max_retries=0,stream_max_retries=0,stream_idle_timeout_ms=300000}"]},
-        ["-c", "model_instructions_file=\"{file:system.md}\""],
         ["-c", "model_reasoning_effort=\"{level}\""],
         ["-c", "model_reasoning_summary=\"{summary}\""],
         ["--output-schema", "{file:schema.json}"],
@@ -833,7 +831,7 @@ HOLE = re.compile(r"\{(\*?)([a-z_]+)(?::([A-Za-z0-9_./-]+))?(?:\|([^{}]*))?\}")
 PARAMETERS = ("temperature", "top_p", "max_tokens", "stop", "seed", "presence_penalty", "frequency_penalty", "effort",
               "response_format", "logit_bias")
 FORMATS = ("anthropic", "gemini", "openai", "responses")
-VARIABLES = {"dir", "self", "python", "uuid", "hop", "env", "file", "found", "prepared", "model", "system", "preamble", "prompt",
+VARIABLES = {"dir", "self", "python", "uuid", "hop", "env", "file", "found", "prepared", "model", "system", "prompt",
              "transcript", "messages", "history", "last", "schema", "json_mime", "item", "id", "parent", "content", *PARAMETERS}
 
 
@@ -1922,12 +1920,12 @@ class Variables:
         if prompt is not None and guard and re.match(guard, prompt):
             prompt = f"<user>\n{prompt}\n</user>"
         uses_prompt = any(name == "prompt" for name, _ in holes(strategy.row.get("stdin", "")))
-        self._history: Sequence[Message] = history if uses_prompt else messages[lead:-1]
+        self._history: Sequence[Message] = (*messages[:lead], *(history if uses_prompt else messages[lead:-1]))
         systems = [m.text for m in messages if m.role == "system" and m.text]
         form = turn.request.params.get("response_format") or {}
         self._values: Dict[str, Any] = {
             "dir": place, "self": os.path.abspath(__file__), "python": sys.executable, "uuid": str(uuid.uuid4()), "model": turn.model or MISSING,
-            "system": "\n\n".join(systems) or MISSING, "preamble": "\n\n".join(m.text for m in messages[:lead] if m.text) or MISSING,
+            "system": "\n\n".join(systems) or MISSING,
             "prompt": prompt if prompt else MISSING, "transcript": transcript(messages, guard),
             "schema": form.get("json_schema", {}).get("schema", MISSING) if form.get("type") == "json_schema" else MISSING,
             "json_mime": "application/json" if form.get("type") in ("json_object", "json_schema") else MISSING,
