@@ -866,12 +866,12 @@ def _launch_args(value: Any, path: str) -> None:
 
 
 def _error_class(value: Any, path: str) -> None:
-    if value not in ERROR_CLASSES:
+    if not isinstance(value, str) or value not in ERROR_CLASSES:
         raise ConfigError(f"{path}: expected one of {', '.join(ERROR_CLASSES)}, found {_show(value)}")
 
 
 def _driver_name(value: Any, path: str) -> None:
-    if value not in DRIVERS:
+    if not isinstance(value, str) or value not in DRIVERS:
         raise ConfigError(f"{path}: expected one of {', '.join(DRIVERS)}, found {_show(value)}")
 
 
@@ -913,7 +913,8 @@ def check(value: Any, shape: Any, path: str) -> None:
         known = {k.rstrip("?"): v for k, v in shape.items()}
         for key in shape:
             if not key.endswith("?") and key != "*" and key not in value:
-                raise ConfigError(f"{path}.{key}: is missing; expected {_JSON_NAMES.get(known[key], 'a value')}")
+                kind = type(known[key]) if isinstance(known[key], (dict, list)) else known[key]
+                raise ConfigError(f"{path}.{key}: is missing; expected {_JSON_NAMES.get(kind, 'a value')}")
         for key, item in value.items():
             if key not in known and "*" not in known:
                 raise ConfigError(f"{path}.{key}: is not a setting; expected one of {', '.join(sorted(known))}")
@@ -1064,7 +1065,7 @@ def merged_providers(files: Sequence[str]) -> Dict[str, Any]:
         except ValueError as e:
             raise ConfigError(f"{path} is not JSON: {e}") from None
         config = merged(config, patch)
-        if isinstance(config.get("providers"), dict):
+        if isinstance(config, dict) and isinstance(config.get("providers"), dict):
             config["providers"] = {name: row for name, row in config["providers"].items() if row is not None}
         check(config, PROVIDERS_SHAPE, path + ": $")
     check(config, PROVIDERS_SHAPE, "$")
