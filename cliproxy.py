@@ -1118,6 +1118,7 @@ class Scope:
         if client is not None:
             self._selector.register(client, selectors.EVENT_READ)
         self._watched: Dict[int, int] = {}
+        self._silent = False
         self._end = time.monotonic() + limits.get("total", 3600)
         self.enter("start")
 
@@ -1133,19 +1134,16 @@ class Scope:
         """From now on the time-out `stage` counts: queue, start, first or idle. Silence is counted anew as well."""
         now = time.monotonic()
         self._stage, self._deadline = stage, min(now + self._limits.get(stage, 600), self._end)
-        self._quiet = now + self._keepalive
+        self._quiet, self._silent = now + self._keepalive, False
 
     def cancel(self) -> None:
         """Make the current or next wait raise Cancelled. For other threads."""
         os.write(self._waker, b"x")
 
     def silent(self) -> bool:
-        """True once for each keep-alive interval in which nothing came."""
-        now = time.monotonic()
-        if now < self._quiet:
-            return False
-        self._quiet = now + self._keepalive
-        return True
+        """True once for each keep-alive interval in which nothing came, as the last wait() found."""
+        silent, self._silent = self._silent, False
+        return silent
 
     def wait(self, reads: Iterable[int], writes: Iterable[int] = (), at_most: Optional[float] = None) -> frozenset:
         """The descriptors that are ready; empty when it is time for a keep-alive, or `at_most` seconds have passed.
@@ -1166,7 +1164,10 @@ class Scope:
                     raise Cancelled
                 else:
                     ready.add(key.fd)
-            if ready or time.monotonic() >= min(until, self._quiet):
+            now = time.monotonic()
+            if now >= self._quiet:          # begin the next interval here, or a caller that does not ask silent() would spin
+                self._quiet, self._silent, until = now + self._keepalive, True, now
+            if ready or now >= until:
                 return frozenset(ready)
 
     def forget(self) -> None:
