@@ -1251,7 +1251,7 @@ class Slots:
 # Bytes from a terminal become the lines a person would see. Pure and incremental: any split of the input gives the same lines.
 
 # CSI (ECMA-48 5.4), OSC and the other strings up to ST or BEL, charset selections, and all two-byte escapes.
-_ESCAPE = re.compile(r"\x1b(?:\[([0-?]*)[ -/]*([@-~])|[\]PX^_].*?(?:\x07|\x1b\\)|[ -/]+[0-~]|[0-Z\\^-~])", re.S)
+_ESCAPE = re.compile(r"\x1b(?:\[([0-?]*)[ -/]*([@-~])|[\]PX^_].*?(?:\x07|\x1b\\)|[ -/]+[0-~]|[0-OQ-WYZ\\`-~])", re.S)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 MAX_ESCAPE = 4096     # a longer unfinished sequence is garbage, not a colour
 
@@ -1308,11 +1308,11 @@ class TerminalText:
             self._column = max(0, self._column - 1)
         elif c == "\x1b":
             m = _ESCAPE.match(text, at)
-            if m is None:
-                if final or len(text) - at > MAX_ESCAPE:
-                    return at + 1
+            if m is None and len(text) - at < MAX_ESCAPE and not final:
                 self._rest = text[at:]
                 return -1
+            if m is None or m.end() - at > MAX_ESCAPE:
+                return at + 1
             if m.group(2):
                 self._csi(m.group(1), m.group(2))
             return m.end()
