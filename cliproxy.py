@@ -1165,7 +1165,7 @@ class Scope:
                 else:
                     ready.add(key.fd)
             now = time.monotonic()
-            if now >= self._quiet:          # begin the next interval here, or a caller that does not ask silent() would spin
+            if not ready and now >= self._quiet:        # begin the next interval here, or a caller that does not ask silent() would spin
                 self._quiet, self._silent, until = now + self._keepalive, True, now
             if ready or now >= until:
                 return frozenset(ready)
