@@ -6,7 +6,8 @@
     python3 test_cliproxy.py -m real            only the real CLIs, as far as they are on the PATH, against a scripted model server
 
 Run as `test_cliproxy.py _play NAME DIR ...` this file *is* a CLI: it plays claude, gemini, codex or qwen with the event shapes
-that the real ones were seen to print, by a script in DIR. So the suite needs no network, no node and no account.
+that the real ones were seen to print, by a script in DIR. So the suite needs no network, no node and no account. (The tests
+run its first section from a copy, because Python would compile the whole file each time.)
 """
 import json
 import os
@@ -60,6 +61,8 @@ def gemini_lines(step, *args):
         return [{"type": "init", "timestamp": at, "session_id": "cliproxy", "model": "gemini-2.5-pro"}, {"type": "message", "timestamp": at, "role": "user", "content": "Q"}]
     if step == "say":
         return [{"type": "message", "timestamp": at, "role": "assistant", "content": piece, "delta": True} for piece in args[0]]
+    if step == "think":
+        return []
     if step == "end":
         return [{"type": "result", "timestamp": at, "status": "success", "stats": {"total_tokens": 78, "input_tokens": 72, "output_tokens": 6, "cached": 10}}]
     return [{"type": "result", "timestamp": at, "status": "error", "error": {"type": "Error", "message": args[0]}, "stats": {}}]
@@ -111,79 +114,138 @@ def given(arguments, stdin):
     size = struct.unpack("HHHH", fcntl.ioctl(terminals[0], termios.TIOCGWINSZ, b"\0" * 8))[:2] if terminals else None
     raw = not termios.tcgetattr(terminals[0])[3] & (termios.ECHO | termios.ICANON) if terminals else None
     return {"argv": arguments, "env": dict(os.environ), "stdin": stdin, "cwd": os.getcwd(), "files": seen, "in_cwd": os.listdir("."),
-            "links": sorted(os.path.relpath(os.path.join(d, n), place) for d, _, ns in os.walk(place) for n in ns if os.path.islink(os.path.join(d, n))),
+            "links": {os.path.relpath(os.path.join(d, n), place): os.readlink(os.path.join(d, n)) for d, _, ns in os.walk(place) for n in ns if os.path.islink(os.path.join(d, n))},
             "mode": os.stat(place).st_mode & 0o777, "session_leader": os.getsid(0) == os.getpid(), "tty": terminals, "size": size, "raw": raw}
 
 
-def play(name, folder, arguments):
-    """Be the CLI `name` once: answer its probes, else take stdin and do the steps of DIR/name.json."""
-    import signal
-    import time
-    probes = {("--version",): VERSIONS[name], ("auth", "status"): "{}", ("login", "status"): "Logged in using ChatGPT",
-              ("debug", "models", "--bundled"): json.dumps({"models": [{"slug": "gpt-5.5", "model_messages": "long", "tool_mode": "shell"}]})}
-    if tuple(arguments) in probes:
-        print(probes[tuple(arguments)])
+PROBES = {"claude": {"auth status": ("{}", 0)}, "codex": {"login status": ("Logged in using ChatGPT", 0), "debug models --bundled": (json.dumps(
+    {"models": [{"slug": "gpt-5.5", "model_messages": "long", "base_instructions": "long", "tool_mode": "shell"}]}), 0)}}
+
+
+SPOKEN = ("begin", "say", "think", "end", "fail")
+
+
+class Stage:
+    """What the steps of a script do. `lines(step, *args)` gives the JSON lines of say, think, begin, end and fail, or None: then it is plain text.
+
+    A protocol that stays open plays each of its turns with a Stage of its own and its own `lines`."""
+
+    def __init__(self, name, folder, lines):
+        self.name, self.kind, self.folder, self.lines, self.out = name, name.partition("-")[0], folder, lines, sys.stdout.buffer
+
+    def perform(self, steps):
+        """Do the steps; the exit status."""
+        for step, *args in steps:
+            if step == "exit":
+                self.out.flush()
+                return args[0]
+            if step in SPOKEN:
+                self.spoken(step, *args)
+            else:
+                getattr(self, "do_" + step)(*args)
+            self.out.flush()
         return 0
+
+    def spoken(self, step, *args):
+        rows = self.lines(step, *args)
+        for row in rows if rows is not None else ():
+            self.out.write(json.dumps(row).encode() + b"\n")
+            self.out.flush()
+        if rows is None and step == "say":
+            self.out.write("".join(args[0]).encode())
+        if rows is None and step == "end":
+            self.out.write(b"\n")
+        if rows is None and step == "fail":         # where each of them says it, without JSON
+            said = {"claude": f"API Error: {args[0]}\n", "codex": f"{BUBBLEWRAP}\nERROR: {args[0]}\n", "qwen": f"[API Error: {args[0]}]\n",
+                    "gemini": f"Error when talking to Gemini API Full report available at: /tmp/gemini-client-error-x.json _ApiError: {args[0]}\n    at f (file:///a.js:1:1)\n"}
+            os.write(1 if self.kind == "claude" else 2, said[self.kind].encode())
+
+    def do_line(self, row):
+        self.out.write(json.dumps(row).encode() + b"\n")
+
+    def do_bytes(self, data):
+        self.out.write(bytes.fromhex(data))
+
+    def do_err(self, text):
+        os.write(2, text.encode())
+
+    def do_wait(self, name):
+        import time
+        while not os.path.exists(os.path.join(self.folder, name)):
+            time.sleep(0.01)
+
+    def do_touch(self, name):
+        open(os.path.join(self.folder, name), "w").close()
+
+    def do_write(self, name, text):
+        """A file in the place, such as a log."""
+        path = os.path.join(os.path.dirname(os.getcwd()), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as f:
+            f.write(text)
+
+    def do_words(self, count, seconds, size=1):
+        """Words, one after another; the file NAME.said tells how many are out."""
+        import time
+        with open(os.path.join(self.folder, self.name + ".said"), "w") as told:
+            for i in range(count):
+                self.spoken("say", [f"w{i} " * size])
+                told.seek(0)
+                told.write(str(i + 1))
+                told.flush()
+                time.sleep(seconds)
+
+    def do_grandchild(self, name):
+        """A process of its own that does not end at SIGTERM; its pid is in the file `name`."""
+        import signal
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.pause()
+        with open(os.path.join(self.folder, name), "w") as f:
+            f.write(str(pid))
+
+    def do_deaf(self):
+        """From now on SIGTERM does nothing."""
+        import signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def do_close(self, fd):
+        os.close(fd)
+
+    def do_kill(self, number):
+        self.out.flush()
+        os.kill(os.getpid(), number)
+
+
+def play(name, folder, arguments):
+    """Be the CLI `name` once: answer its probes, else take stdin and do the steps of FOLDER/NAME.json. `claude-2` plays claude."""
+    kind = name.partition("-")[0]
     try:
         with open(os.path.join(folder, name + ".json")) as f:
             script = json.load(f)
     except FileNotFoundError:
         script = DEFAULT_SCRIPT
-    structured = "stream-json" in arguments or "--json" in arguments
+    probes = {"--version": (VERSIONS[kind], 0), **PROBES.get(kind, {}), **script.get("probes", {})}
+    if " ".join(arguments) in probes:
+        said, status = probes[" ".join(arguments)]
+        print(said)
+        return status
+    number = 0                                      # of this run, from 0
+    while True:
+        try:
+            os.close(os.open(os.path.join(folder, f"{name}.run.{number}"), os.O_CREAT | os.O_EXCL))
+            break
+        except FileExistsError:
+            number += 1
     stdin = "" if script.get("deaf") else sys.stdin.buffer.read().decode("utf-8", "replace")
     if script.get("reveal"):
-        number = len([n for n in os.listdir(folder) if n.startswith(name + ".given")])
         with open(os.path.join(folder, f"{name}.given.{number}.tmp"), "w") as f:
             json.dump(given(arguments, stdin), f)
         os.rename(f.name, f.name[:-4])
-    out = sys.stdout.buffer
-    for step, *args in script["steps"]:
-        if step in ("begin", "say", "think", "end", "fail") and structured:
-            for line in LINES[name](step, *args):
-                out.write(json.dumps(line).encode() + b"\n")
-                out.flush()
-        elif step == "say":
-            out.write("".join(args[0]).encode())
-        elif step == "end":
-            out.write(b"\n")
-        elif step == "fail":
-            sys.stderr.write(f"[API Error: {args[0]}]\n" if name == "qwen" else f"ERROR: {args[0]}\n")
-        elif step == "line":
-            out.write(json.dumps(args[0]).encode() + b"\n")
-        elif step == "bytes":
-            out.write(bytes.fromhex(args[0]))
-        elif step == "err":
-            sys.stderr.write(args[0])
-            sys.stderr.flush()
-        elif step == "sleep":
-            time.sleep(args[0])
-        elif step == "wait":
-            while not os.path.exists(os.path.join(folder, args[0])):
-                time.sleep(0.01)
-        elif step == "touch":
-            open(os.path.join(folder, args[0]), "w").close()
-        elif step == "words":
-            for i in range(args[0]):
-                out.write((json.dumps(LINES[name]("say", [f"w{i} "])[0]) + "\n").encode() if structured else b"w ")
-                out.flush()
-                time.sleep(args[1])
-        elif step == "grandchild":
-            pid = os.fork()
-            if pid == 0:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                signal.pause()
-            with open(os.path.join(folder, args[0]), "w") as f:
-                f.write(str(pid))
-        elif step == "deaf to TERM":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        elif step == "kill":
-            out.flush()
-            os.kill(os.getpid(), args[0])
-        elif step == "exit":
-            out.flush()
-            return args[0]
-        out.flush()
-    return 0
+    structured = "stream-json" in arguments or "--json" in arguments
+    runs = script.get("runs") or [script["text"] if "text" in script and not structured else script.get("steps", DEFAULT_SCRIPT["steps"])]
+    return Stage(name, folder, LINES[kind] if structured else lambda step, *args: None).perform(runs[min(number, len(runs) - 1)])
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["_play"]:
@@ -219,15 +281,31 @@ except ImportError:
         raise
     with_pytest()
 
+if __name__ == "__main__":
+    # -p and -o stand here because there is no configuration file: nothing but what is tested lies beside this file.
+    sys.dont_write_bytecode = True
+    which = [] if any(word.startswith("-m") for word in sys.argv[1:]) else ["-m", "not real"]
+    sys.exit(pytest.main([__file__, "-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", os.path.dirname(os.path.abspath(__file__)),
+                          "-o", "markers=real: needs a real CLI on the PATH", *which, *sys.argv[1:]]))
+
+import ast
 import base64
 import contextlib
+import datetime
+import errno
+import faulthandler
 import glob
+import hashlib
 import http.client
+import importlib.util
+import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
+import symtable
+import sysconfig
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -235,12 +313,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 import cliproxy  # noqa: E402
-from cliproxy import Done, ImagePart, Message, Request, Text, TextPart, Thinking, Usage  # noqa: E402
+from cliproxy import CallPart, Done, ImagePart, Message, Request, ResultPart, Text, TextPart, Thinking, Usage, Waiting  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("error")
 SCRIPT = os.path.join(HERE, "cliproxy.py")
 CLIS = ("claude", "gemini", "codex", "qwen")
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 LIMIT = 20.0            # seconds until a wait for something that must happen is a failure
+HANG = 90               # seconds until a test is told to hang
+SHARED = set()          # pids of the proxies that serve more than one test
 
 
 def eventually(what, condition):
@@ -250,19 +331,51 @@ def eventually(what, condition):
         value = condition()
         if value:
             return value
-        time.sleep(0.01)
+        time.sleep(0.005)
     pytest.fail(f"after {LIMIT:g} s: {what}")
 
 
+def processes():
+    """(pid, parent) of every process that runs; zombies do not."""
+    if os.path.exists("/proc/self/stat"):
+        for path in glob.glob("/proc/[0-9]*/stat"):
+            try:
+                with open(path, errors="replace") as f:
+                    state, parent = f.read().rpartition(")")[2].split()[:2]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if state not in "ZX":
+                yield int(path.split("/")[2]), int(parent)
+        return
+    for row in subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat=,comm="], capture_output=True, text=True).stdout.splitlines():
+        pid, parent, state, name = row.split(None, 3)
+        if not state.startswith("Z") and name != "ps":
+            yield int(pid), int(parent)
+
+
 def alive(pid):
-    """Is this a process that runs (and no zombie)?"""
-    shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return bool(shown) and not shown.startswith("Z")
+    return pid in dict(processes())
 
 
 def children_of(pid):
-    rows = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True).stdout.split("\n")
-    return [int(row.split()[0]) for row in rows if row.split()[1:2] == [str(pid)] and not row.split()[2].startswith("Z")]
+    return [child for child, parent in processes() if parent == pid]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """After each test this process has the threads, the descriptors and the children of before. A hang prints every stack."""
+    def hang(*_):
+        faulthandler.dump_traceback(all_threads=True)
+        pytest.fail(f"the test hangs: more than {HANG} s")
+    before, children = os.listdir("/dev/fd"), set(children_of(os.getpid()))
+    old = signal.signal(signal.SIGALRM, hang)
+    signal.setitimer(signal.ITIMER_REAL, HANG)
+    yield
+    eventually("no thread is left", lambda: threading.active_count() == 1)
+    eventually("no child is left", lambda: not set(children_of(os.getpid())) - children - SHARED)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, old)
+    assert sorted(os.listdir("/dev/fd")) == sorted(before), "descriptors are left open"
 
 
 # === The proxy under test ============================================================================================
@@ -271,8 +384,8 @@ def children_of(pid):
 class Answered:
     """An HTTP response that has been read: status, headers, body (bytes)."""
 
-    def __init__(self, response):
-        self.status, self.headers, self.body = response.status, response.headers, response.read()
+    def __init__(self, status, headers, body):
+        self.status, self.headers, self.body = status, headers, body
 
     @property
     def json(self):
@@ -295,65 +408,149 @@ class Answered:
         return self.json["error"]["message"]
 
     @property
+    def retry(self):
+        """(x-should-retry, Retry-After) as the OpenAI clients read them."""
+        return self.headers["x-should-retry"], self.headers["Retry-After"]
+
+    @property
     def frames(self):
-        """The JSON of each SSE frame; "[DONE]" and comments as they are."""
-        assert self.headers["Content-Type"].startswith("text/event-stream")
-        assert self.body.endswith(b"\n\n")
-        return [json.loads(f[6:]) if f.startswith("data: {") else f[6:] if f.startswith("data: ") else f for f in self.body.decode().split("\n\n")[:-1]]
+        """The SSE frames: the JSON of each, "[DONE]" and comments as they are."""
+        assert self.headers["Content-Type"] == "text/event-stream; charset=utf-8" and self.headers["X-Accel-Buffering"] == "no"
+        return frames_of(self.body)
+
+
+def frames_of(body):
+    assert body.endswith(b"\n\n"), body[-80:]
+    return [json.loads(f[6:]) if f.startswith("data: {") else f[6:] if f.startswith("data: ") else f for f in body.decode().split("\n\n")[:-1]]
+
+
+def said(frames, usage=False, choices=1):
+    """[(text, thinking, finish reason)] of a stream that ends well, after every rule of the wire has been checked."""
+    chunks = [f for f in frames if not isinstance(f, str)]
+    assert frames[-1] == "[DONE]" and all(f == ": keep-alive" for f in frames[:-1] if isinstance(f, str))
+    assert len({(c["id"], c["object"], c["created"], c["model"]) for c in chunks}) == 1 and chunks[0]["object"] == "chat.completion.chunk"
+    if usage:
+        last = chunks.pop()
+        assert last["choices"] == [] and last["usage"]["total_tokens"] == last["usage"]["prompt_tokens"] + last["usage"]["completion_tokens"]
+    assert all(c.get("usage", "absent") == (None if usage else "absent") for c in chunks)
+    assert all(len(c["choices"]) == 1 for c in chunks)
+    out = []
+    for i in range(choices):
+        rows = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == i]
+        assert rows[0]["delta"] == {"role": "assistant", "content": ""} and rows[0]["finish_reason"] is None
+        assert rows[-1]["delta"] == {} and [r["finish_reason"] for r in rows[:-1]] == [None] * (len(rows) - 1)
+        assert all(len(r["delta"]) == 1 and "role" not in r["delta"] for r in rows[1:-1])
+        out.append(("".join(r["delta"].get("content", "") for r in rows), "".join(r["delta"].get("reasoning_content", "") for r in rows), rows[-1]["finish_reason"]))
+    assert sum(c["choices"][0]["finish_reason"] is not None for c in chunks) == choices
+    return out
+
+
+def read_answer(f, method="GET"):
+    """The next response on a connection, from its buffered file; None at its end."""
+    line = f.readline()
+    if not line:
+        return None
+    version, status = line.split()[:2]
+    assert version == b"HTTP/1.1", line
+    headers = http.client.parse_headers(f)
+    if method == "HEAD" or status in (b"204", b"100"):
+        return Answered(int(status), headers, b"")
+    if headers["Transfer-Encoding"] == "chunked":
+        body = b""
+        while True:
+            size = int(f.readline(), 16)
+            piece = f.read(size + 2)
+            assert piece[size:] == b"\r\n"
+            if size == 0:
+                return Answered(int(status), headers, body)
+            body += piece[:size]
+    return Answered(int(status), headers, f.read(int(headers["Content-Length"])) if headers["Content-Length"] else f.read())
+
+
+def one_shot(name, **more):
+    """The entry of a built-in CLI with the strategies that start a process for each request; they must stay good whatever stands above them."""
+    row = json.loads(cliproxy.BUILTIN_PROVIDERS)["providers"][name]
+    return {"strategies": [s for s in row["strategies"] if s["driver"] in ("jsonl", "text")], **more}
+
+
+def variant(name, kind, **more):
+    """A provider of its own that is played like `kind`, without aliases, wildcards and probes."""
+    row = json.loads(cliproxy.BUILTIN_PROVIDERS)["providers"][kind]
+    for gone in ("version", "logged_in"):
+        row.pop(gone, None)
+    return {name: {**row, **one_shot(kind), "binary": name, "models": {"default": ""}, **more}}
+
+
+def only(driver, kind, **more):
+    return {"strategies": [{**s, **more} for s in one_shot(kind)["strategies"] if s["driver"] == driver]}
 
 
 class Proxy:
-    """cliproxy.py, running in a process of its own with fake CLIs on its PATH and an empty home."""
+    """cliproxy.py, running in a process of its own with fake CLIs on its PATH and a home of its own."""
 
-    def __init__(self, folder, clis=CLIS, flags=(), env=None, providers=None, python=sys.executable):
-        self.folder = str(folder)
-        for name in ("bin", "home", "tmp"):
+    def __init__(self, folder, clis=CLIS, flags=(), env=None, providers=None, python=sys.executable, tune=None):
+        self.folder, self.home = str(folder), os.path.join(str(folder), "home")
+        for name in ("bin", "home", "tmp", "play"):
             os.makedirs(os.path.join(self.folder, name), exist_ok=True)
-        for name in clis:
+        with open(__file__, encoding="utf-8") as f, open(os.path.join(self.folder, "fake.py"), "w", encoding="utf-8") as fake:
+            fake.write(f.read().partition("# === Getting pytest")[0])
+        providers = {**{name: one_shot(name) for name in CLIS}, **(providers or {})}
+        for name in [*clis, *(n for n in providers if n not in CLIS)]:
             self.install(name)
-        if providers:
-            path = os.path.join(self.folder, "providers.json")
-            with open(path, "w") as f:
-                json.dump({"providers": providers}, f)
-            flags = [*flags, "--providers", path]
-        self.env = {"PATH": os.path.join(self.folder, "bin") + ":/usr/bin:/bin", "HOME": os.path.join(self.folder, "home"), "LANG": "C.UTF-8",
-                    "TMPDIR": os.path.join(self.folder, "tmp"), "PYTHONDEVMODE": "0", "SECRET_OF_OURS": "do not pass on", **(env or {})}
+        path = os.path.join(self.folder, "providers.json")
+        with open(path, "w") as f:
+            json.dump({"providers": providers}, f)
+        self.last = [*CLIS, "echo", *providers][-1] if set(providers) - set(CLIS) else "echo"
+        self.env = {"PATH": os.path.join(self.folder, "bin") + ":/usr/bin:/bin", "HOME": self.home, "LANG": "C.UTF-8", "GEMINI_API_KEY": "g", "OPENAI_API_KEY": "o",
+                    "TMPDIR": os.path.join(self.folder, "tmp"), "PYTHONDEVMODE": "1", "SECRET_OF_OURS": "do not pass on", **(env or {})}
+        command = [SCRIPT] if tune is None else ["-c", f"import sys; sys.path.insert(0, {HERE!r}); sys.dont_write_bytecode = True\nimport cliproxy\n"
+                                                       + "".join(f"cliproxy.{k} = {v!r}\n" for k, v in tune.items()) + "sys.exit(cliproxy.main())"]
         self.log_path = os.path.join(self.folder, "log")
         with open(self.log_path, "w") as log:
-            self.process = subprocess.Popen([python, "-W", "error", SCRIPT, "--port", "0", *flags], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self.port = int(eventually("the proxy prints its address", self._address))
+            self.process = subprocess.Popen([python, "-W", "error", *command, "--port", "0", "--providers", path, *flags], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.pid = self.process.pid
+        self.port = int(eventually("the proxy prints its address", self._address))
 
     def _address(self):
         if self.process.poll() is not None:
             pytest.fail("the proxy ended: " + self.log())
-        m = re.search(r"http://[^:]+:(\d+)/v1", self.log())
+        m = re.search(r"http://[^ ]+?:(\d+)/v1", self.log())
         return m and m.group(1)
 
     def install(self, name):
         path = os.path.join(self.folder, "bin", name)
         with open(path + ".new", "w") as f:
-            f.write(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{__file__}" _play {name} "{self.folder}" "$@"\n')
+            f.write(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{self.folder}/fake.py" _play {name} "{self.folder}/play" "$@"\n')
         os.chmod(path + ".new", 0o755)
         os.replace(path + ".new", path)
 
     def play(self, name, *steps, **more):
         """From now on the CLI `name` does these steps."""
-        path = os.path.join(self.folder, name + ".json")
+        path = self.path(name + ".json")
         with open(path + ".new", "w") as f:
-            json.dump({"steps": steps, **more}, f)
+            json.dump({**({"steps": steps} if steps else {}), **more}, f)
         os.replace(path + ".new", path)
 
+    def path(self, name):
+        return os.path.join(self.folder, "play", name)
+
     def touch(self, name):
-        open(os.path.join(self.folder, name), "w").close()
+        open(self.path(name), "w").close()
 
     def exists(self, name):
-        return os.path.exists(os.path.join(self.folder, name))
+        return os.path.exists(self.path(name))
+
+    def read(self, name):
+        with open(self.path(name)) as f:
+            return f.read()
+
+    def runs(self, name):
+        """How many times the CLI was started for an answer."""
+        return len(glob.glob(self.path(name + ".run.*")))
 
     def given(self, name, number=0):
         """What a CLI that was told to reveal itself was given."""
-        with open(os.path.join(self.folder, f"{name}.given.{number}")) as f:
-            return json.load(f)
+        return json.loads(self.read(f"{name}.given.{number}"))
 
     def log(self):
         with open(self.log_path) as f:
@@ -365,35 +562,39 @@ class Proxy:
     def connect(self, host="127.0.0.1"):
         return socket.create_connection((host, self.port), timeout=LIMIT)
 
-    def request(self, method, path, body=None, **headers):
+    def request(self, method, path, body=None, headers=()):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=LIMIT)
         with contextlib.closing(connection):
-            connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
-            return Answered(connection.getresponse())
+            try:
+                connection.request(method, path, body, dict(headers))
+                response = connection.getresponse()
+                return Answered(response.status, response.headers, response.read())
+            except socket.timeout:
+                self.hung(f"{method} {path}")
 
-    def post(self, body, path="/v1/chat/completions", **headers):
-        return self.request("POST", path, json.dumps(body), **{"Content-Type": "application/json", **headers})
+    def hung(self, what):
+        self.process.send_signal(signal.SIGABRT)        # development mode: prints every stack
+        self.process.wait(LIMIT)
+        pytest.fail(f"{what}: no answer within {LIMIT:g} s\n{self.log()}")
 
-    def ask(self, model, content="Hi", headers=None, **body):
+    def post(self, body, path="/v1/chat/completions", headers=()):
+        return self.request("POST", path, body if isinstance(body, bytes) else json.dumps(body), {"Content-Type": "application/json", **dict(headers)})
+
+    def ask(self, model, content="Hi", headers=(), **body):
         messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
-        return self.post({"model": model, "messages": messages, **body}, **(headers or {}))
+        return self.post({"model": model, "messages": messages, **body}, headers=headers)
 
-    def raw(self, data, until_closed=True):
-        """What comes back for these bytes on one connection, until the proxy closes it (or one response's head)."""
-        with self.connect() as s:
+    def raw(self, data, count=1):
+        """The first `count` answers to these bytes on one connection; fewer if it is closed before."""
+        with self.connect() as s, s.makefile("rb") as f:
             s.sendall(data)
-            got = b""
-            while True:
-                piece = s.recv(65536)
-                if not piece or (not until_closed and b"\r\n\r\n" in got + piece):
-                    return got + piece
-                got += piece
+            answers = [read_answer(f, "HEAD" if data.startswith(b"HEAD") else "GET") for _ in range(count)]
+            return [a for a in answers if a]
 
     def started(self, model, stream=True, **body):
         """A socket on which a request has been sent and nothing been read."""
         s = self.connect()
-        data = json.dumps({"model": model, "stream": stream, "messages": [{"role": "user", "content": "Hi"}], **body}).encode()
-        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
+        s.sendall(as_http({"model": model, "stream": stream, "messages": [{"role": "user", "content": "Hi"}], **body}))
         return s
 
     def spawner(self):
@@ -403,20 +604,44 @@ class Proxy:
         """The pids of the CLIs that run now."""
         return children_of(self.spawner())
 
+    def places(self):
+        """The private directories of CLIs that are there now."""
+        return [p for p in glob.glob(os.path.join(self.folder, "tmp", "*", "*")) if "prepared-" not in p]
+
     def settled(self):
         """Wait until start-up has looked at every CLI and none runs any more."""
-        eventually("start-up has looked at all CLIs", lambda: "  echo " in self.log())
+        eventually("start-up has looked at all CLIs", lambda: f"\n  {self.last} " in self.log())
         eventually("no CLI is left", lambda: not self.running())
+        return self
+
+    def holds(self):
+        """(threads, descriptors) of the proxy and descriptors of its spawner; zeros where there is no /proc."""
+        def count(path):
+            try:
+                return len(os.listdir(path))
+            except OSError:
+                return 0
+        return count(f"/proc/{self.pid}/task"), count(f"/proc/{self.pid}/fd"), count(f"/proc/{self.spawner()}/fd")
 
     def stop(self, number=signal.SIGTERM):
         """End it; its exit status. Fails if it leaves a process or a file."""
         spawner = children_of(self.pid)
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(LIMIT)
+        try:
+            status = self.process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            self.hung("the end")
         eventually("the spawner is gone", lambda: not any(alive(pid) for pid in spawner))
         eventually("nothing is left in the temporary directory", lambda: not os.listdir(os.path.join(self.folder, "tmp")))
         return status
+
+
+def as_http(body, *headers, path="/v1/chat/completions"):
+    """The bytes of a POST."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(data)}", *headers]
+    return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + data
 
 
 @pytest.fixture
@@ -433,30 +658,720 @@ def serve(tmp_path):
         assert "Traceback" not in proxy.log(), proxy.log()
 
 
+# Besides the four CLIs the shared proxy has some that differ in one thing each.
+VARIANTS = {
+    **variant("claude-start", "claude", timeouts={"start": 0.3}), **variant("claude-first", "claude", timeouts={"first": 0.3}),
+    **variant("claude-idle", "claude", timeouts={"idle": 0.3}), **variant("claude-total", "claude", timeouts={"total": 0.5}),
+    **variant("claude-single", "claude", slots=1), **variant("claude-hurried", "claude", slots=1, timeouts={"queue": 0.2}),
+    **variant("claude-text", "claude", **only("text", "claude")), **variant("gemini-text", "gemini", **only("text", "gemini")),
+    **variant("codex-text", "codex", **only("text", "codex")), **variant("qwen-text", "qwen", **only("text", "qwen")),
+    **variant("claude-changed", "claude"), **variant("claude-params", "claude"),
+    **variant("codex-tty", "codex", args=[], strategies=[{"driver": "text", "argv": ["exec"], "stdin": "{prompt}", "terminal": ["stdout", "stderr"],
+              "begin": "^codex$", "end": "^tokens used$", "stream": True}]),
+}
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """One proxy for all the tests that change no setting."""
-    proxy = Proxy(tmp_path_factory.mktemp("shared"))
-    proxy.settled()
+    folder = tmp_path_factory.mktemp("shared")
+    for name in (".codex/auth.json", ".codex/config.toml", ".gemini/oauth_creds.json", ".qwen/settings.json"):
+        path = folder / "home" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}" if name.endswith("json") else "")
+    proxy = Proxy(folder, providers=VARIANTS, env={"ANTHROPIC_API_KEY": "a"}).settled()
+    SHARED.add(proxy.pid)
+    home = sorted((p, p.stat().st_mtime_ns) for p in (folder / "home").rglob("*"))
+    assert proxy.ask("claude").text == "".join(HELLO)       # so that codex' catalog is made and every thread that stays is there
+    proxy.rest = proxy.settled().holds()
     yield proxy
     assert proxy.stop() == 0
+    SHARED.discard(proxy.pid)
+    assert sorted((p, p.stat().st_mtime_ns) for p in (folder / "home").rglob("*")) == home
     assert "Traceback" not in proxy.log(), proxy.log()
 
 
 @pytest.fixture
 def proxy(shared):
-    """The shared proxy, with no script left over; afterwards nothing may run any more."""
-    for path in glob.glob(os.path.join(shared.folder, "*")):
-        if os.path.isfile(path) and not path.endswith("log"):
-            os.unlink(path)
+    """The shared proxy without any script; afterwards no CLI, thread, descriptor or place of it may be left."""
+    for path in glob.glob(shared.path("*")):
+        os.unlink(path)
     yield shared
     eventually("no CLI is left", lambda: not shared.running())
-    eventually("no place is left", lambda: [p for p in glob.glob(os.path.join(shared.folder, "tmp", "*", "*")) if "prepared-" not in p] == [])
+    eventually("no place is left", lambda: not shared.places())
+    eventually(f"threads and descriptors are {shared.rest} again", lambda: shared.holds() == shared.rest)
 
 
-def run(*args, **env):
+def run(*args, python=(), script=SCRIPT, **env):
     """cliproxy.py with these arguments, to its end."""
-    return subprocess.run([sys.executable, "-W", "error", SCRIPT, *args], capture_output=True, text=True, timeout=60,
+    return subprocess.run([sys.executable, "-W", "error", *python, script, *args], capture_output=True, text=True, timeout=60,
                           env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "LANG": "C.UTF-8", **env})
 
 
+# === The file ========================================================================================================
+
+
+def source():
+    with open(SCRIPT, encoding="utf-8") as f:
+        return f.read()
+
+
+def sections(text):
+    """[(title, text)] of a file's sections."""
+    parts = re.split(r"(?m)^# === (.*?) =+$", text)
+    return list(zip(parts[1::2], parts[2::2]))
+
+
+class WithoutAnnotations(ast.NodeTransformer):
+    """Annotations are never evaluated (`from __future__ import annotations`), so a type may be named before its section."""
+
+    def visit_arg(self, node):
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node):
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node):
+        self.generic_visit(node)
+        return ast.copy_location(ast.Assign(targets=[node.target], value=node.value or ast.Constant(None)), node)
+
+
+def global_names(text):
+    """(defined, used): the global names that a piece of a module defines and the ones it refers to, in functions too."""
+    def used(table, top):
+        names = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
+        return names.union(*(used(t, False) for t in table.get_children()))
+    tree = ast.fix_missing_locations(WithoutAnnotations().visit(ast.parse(text)))
+    table = symtable.symtable(ast.unparse(tree), "section", "exec")
+    return {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}, used(table, True)
+
+
+# providers.json may name every driver there is, so its check looks into the table of drivers, when it is called.
+LOOKS_DOWN = {("Configuration", "DRIVERS")}
+
+
+def test_a_section_uses_no_name_of_a_section_below_it():
+    found = [(title, *global_names(text)) for title, text in sections(source())]
+    assert len(found) >= 13
+    below = {(title, name) for i, (title, defined, used) in enumerate(found) for _, later, _ in found[i + 1:] for name in used & later - defined}
+    assert below == LOOKS_DOWN
+
+
+def test_the_check_of_the_sections_sees_a_name_that_is_used_too_early():
+    assert global_names("def f(x: A) -> B:\n    def g():\n        return LATER\n    y: C = x\n    return g")[1] & {"A", "B", "C", "LATER"} == {"LATER"}
+    assert "log" not in global_names("def f(log):\n    return log()")[1]
+
+
+def test_the_tests_have_the_banners_of_the_script_in_its_order():
+    with open(__file__, encoding="utf-8") as f:
+        tests, script = ([title for title, _ in sections(text)] for text in (f.read(), source()))
+    assert [t for t in tests if t in script] == [t for t in script if t in tests]
+    assert len(set(tests)) == len(tests)
+
+
+def test_the_script_imports_nothing_but_the_standard_library():
+    names = {(n.module if isinstance(n, ast.ImportFrom) else a.name) for n in ast.walk(ast.parse(source())) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    library = os.path.realpath(sysconfig.get_paths()["stdlib"])
+    for name in names - {"__future__"}:
+        origin = importlib.util.find_spec(name).origin
+        assert origin in ("built-in", "frozen") or os.path.realpath(origin).startswith(library) and "site-packages" not in origin, name
+
+
+@pytest.mark.parametrize("version", [(3, 7), (3, 8), (3, 9)])
+def test_older_pythons_can_read_the_script_far_enough_to_say_what_they_need(version):
+    ast.parse(source(), feature_version=version)
+
+
+def under(lines):
+    """The script, run after these lines as if Python were another."""
+    return subprocess.run([sys.executable, "-c", f"import runpy, sys\n{lines}\nrunpy.run_path({SCRIPT!r}, run_name='__main__')"], capture_output=True, text=True, timeout=60)
+
+
+def test_windows_is_told_about_wsl():
+    ended = under("sys.platform = 'win32'")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "cliproxy needs Linux or macOS (it uses os.fork and pseudo-terminals). On Windows, run it inside WSL.\n"
+
+
+def test_an_old_python_is_told_which_one_is_needed():
+    ended = under("sys.version_info = (3, 8, 18)")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "cliproxy needs Python 3.9 or newer; this is 3.8. Try: python3.9 cliproxy.py\n"
+
+
+# === Values ==========================================================================================================
+
+
+def user(*texts):
+    return Message("user", tuple(TextPart(t) for t in texts))
+
+
+def test_a_value_cannot_be_changed():
+    for value, field in ((Text("a"), "text"), (user("a"), "role"), (Usage(1), "input"), (Request("m", (), {}), "model"), (Done("stop"), "reason")):
+        with pytest.raises(AttributeError):
+            setattr(value, field, "b")
+
+
+def test_the_text_of_a_message_is_its_text_parts_joined():
+    assert Message("user", (TextPart("a"), ImagePart("image/png", PIXEL), TextPart("b"))).text == "ab"
+
+
+def test_values_of_different_kinds_are_never_equal():
+    assert Text("a") != Thinking("a") and Text("a") == Text("a")
+
+
+@pytest.mark.parametrize("first, later, both", [
+    (Usage(), Usage(1, 2, 3, 4), Usage(1, 2, 3, 4)), (Usage(1, 2, 3, 4), Usage(), Usage(1, 2, 3, 4)),
+    (Usage(62, 1), Usage(output=6), Usage(62, 6)), (Usage(1, 1, 1, 1), Usage(0, None, 0), Usage(0, 1, 0, 1))])
+def test_a_later_count_replaces_an_earlier_one_where_there_is_one(first, later, both):
+    assert first.merged(later) == both
+
+
+# === Errors ==========================================================================================================
+
+# What OpenAI's clients look at: HTTP status, type, code, x-should-retry (None: the client decides by the status).
+WIRE = {
+    "NotLoggedIn": (401, "authentication_error", "not_logged_in", False), "AuthenticationFailed": (401, "authentication_error", "provider_authentication_failed", False),
+    "PermissionDenied": (403, "permission_error", "provider_permission_denied", False), "RateLimited": (429, "rate_limit_error", "rate_limit_exceeded", True),
+    "QuotaUsedUp": (429, "insufficient_quota", "insufficient_quota", False), "BillingRefused": (402, "insufficient_quota", "insufficient_quota", False),
+    "ContextLengthExceeded": (400, "invalid_request_error", "context_length_exceeded", False), "ModelNotFound": (404, "invalid_request_error", "model_not_found", None),
+    "Refused": (400, "invalid_request_error", "content_filter", False), "ProviderBadRequest": (400, "invalid_request_error", "invalid_value", False),
+    "ParameterRefused": (400, "invalid_request_error", "invalid_value", False), "Overloaded": (503, "server_error", "overloaded", True),
+    "UpstreamFailed": (500, "server_error", "provider_server_error", True), "Unreachable": (502, "server_error", "provider_unreachable", True),
+    "Crashed": (502, "server_error", "provider_crashed", True), "TimedOut": (504, "server_error", "provider_timeout", False),
+    "ProviderError": (502, "server_error", "provider_error", None),
+}
+
+
+def wire(error):
+    return error.status, error.type, error.code, error.should_retry
+
+
+def test_every_error_class_that_providers_json_may_name_has_its_place_on_the_wire():
+    provider = PROVIDERS["claude"]
+    for name, cls in cliproxy.ERROR_CLASSES.items():
+        error = cliproxy.provider_error(provider, name, "some words")
+        assert wire(error) == WIRE[cls.__name__] and isinstance(error, cliproxy.ProviderError)
+        assert error.message.startswith(cliproxy.WHAT_HAPPENED[name].format(name="claude")), name
+        assert name == "not_logged_in" or "some words" in error.message
+
+
+def test_a_message_says_what_happened_why_and_what_to_do():
+    assert cliproxy.ProxyError("it broke", "the disk is full", "remove something").message == "it broke: the disk is full. Remove something"
+    assert cliproxy.ProxyError("it broke").message == "it broke"
+    assert cliproxy.ProxyError("it broke", do="try again").message == "it broke. Try again"
+
+
+def test_not_logged_in_says_what_to_type():
+    for name, words in {"claude": 'claude is not logged in: run "claude" and type /login', "codex": 'codex is not logged in: run "codex login"'}.items():
+        assert cliproxy.provider_error(PROVIDERS[name], "not_logged_in", "whatever it said").message == words
+
+
+def test_context_overflow_uses_the_words_that_clients_look_for():
+    assert "maximum context length" in cliproxy.provider_error(PROVIDERS["gemini"], "context_length", "too many tokens").message
+
+
+@pytest.mark.parametrize("resets_in, retry", [(None, False), (121, False), (120, True), (5, True)])
+def test_a_quota_that_does_not_clear_within_two_minutes_is_not_to_be_retried(resets_in, retry):
+    assert cliproxy.provider_error(PROVIDERS["claude"], "quota", "used up", resets_in).should_retry is retry
+
+
+# === Built-in providers ==============================================================================================
+
+BUILTIN = json.loads(cliproxy.BUILTIN_PROVIDERS)
+PROVIDERS = cliproxy.load_providers(BUILTIN)
+
+
+def strategy(name, driver):
+    return next(s for s in PROVIDERS[name].strategies if s.driver == driver)
+
+
+def test_providers_json_is_the_text_in_the_script_byte_for_byte():
+    with open(os.path.join(HERE, "providers.json"), "rb") as f:
+        assert f.read() == cliproxy.BUILTIN_PROVIDERS.encode()
+
+
+def test_the_four_clis_and_echo_are_built_in():
+    assert list(PROVIDERS) == ["claude", "gemini", "codex", "qwen", "echo"]
+
+
+@pytest.mark.parametrize("name", [*CLIS, "echo"])
+def test_the_last_two_strategies_are_json_lines_and_then_text(name):
+    assert [s.driver for s in PROVIDERS[name].strategies][-2:] == ["jsonl", "text"]
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_a_cli_comes_with_all_that_a_person_needs_to_know(name):
+    row = PROVIDERS[name].row
+    assert row["install"].startswith("npm install -g ") and row["login"] and row["title"] and row["logged_in"]
+    low, high = row["version"]["tested"]
+    assert re.search(row["version"]["match"], VERSIONS[name]).group(1) and low < high
+
+
+@pytest.mark.parametrize("name", [*CLIS, "echo"])
+def test_no_template_puts_the_conversation_into_argv_or_the_environment(name):
+    spoken = {"prompt", "transcript", "messages", "history", "last", "system", "preamble", "schema", "stop", "content"}
+
+    def strings(template):
+        if isinstance(template, str):
+            yield template
+        elif isinstance(template, dict):        # if, unless and each name a variable without writing it
+            yield from (s for key, item in template.items() if key not in ("if", "unless", "each") for s in strings(item))
+        else:
+            yield from (s for item in template for s in strings(item)) if isinstance(template, list) else ()
+    row = PROVIDERS[name].row
+    argv = [s for part in (row.get("args", []), *(x.row["argv"] for x in PROVIDERS[name].strategies)) for s in strings(part)]
+    assert argv and not {hole for s in argv for hole, _ in cliproxy.holes(s)} & spoken
+    # stop sequences are no prompt, and claude takes them only this way
+    assert {hole for s in strings(row["env"]["set"]) for hole, _ in cliproxy.holes(s)} & spoken <= ({"stop"} if name == "claude" else set())
+
+
+@pytest.mark.parametrize("name", [*CLIS, "echo"])
+def test_a_cli_inherits_only_what_is_listed(name):
+    variables = {"SECRET_OF_OURS": "s", "CLIPROXY_API_KEY": "k", "NODE_OPTIONS": "--require=x", "LD_PRELOAD": "x", "PYTHONPATH": "x", "AWS_SECRET": "x", "PATH": "/bin", "HOME": "/h",
+                 "LC_ALL": "C", "HTTPS_PROXY": "http://proxy:1"}
+    env = cliproxy.child_environment(PROVIDERS[name], lambda *a: cliproxy.MISSING, (), variables)
+    assert {k for k in env if k in variables} == {"PATH", "HOME", "LC_ALL", "HTTPS_PROXY"} | ({"AWS_SECRET"} if name == "claude" else set())     # Bedrock
+    assert env["NO_COLOR"] == "1" and env["TERM"] == ("xterm-256color" if name == "gemini" else "dumb")     # gemini warns about fewer colours
+
+
+# What reaches the model itself, of the parameters that a client may give; the README's table says the same.
+NATIVE = {
+    ("claude", "jsonl"): {"temperature", "top_p", "max_tokens", "stop", "effort"},
+    ("gemini", "jsonl"): {"temperature", "top_p", "max_tokens", "stop", "seed", "presence_penalty", "frequency_penalty", "response_format", "effort"},
+    ("codex", "jsonl"): {"effort", "response_format"},
+    ("qwen", "jsonl"): {"temperature", "top_p", "max_tokens", "stop", "seed", "presence_penalty", "frequency_penalty", "response_format", "effort", "logit_bias"},
+    ("echo", "jsonl"): set(),
+}
+
+
+@pytest.mark.parametrize("name, driver", NATIVE)
+def test_a_parameter_is_native_where_a_template_passes_it_on(name, driver):
+    assert strategy(name, driver).native == NATIVE[name, driver]
+
+
+# === Configuration ===================================================================================================
+
+
+@pytest.fixture
+def providers_file(tmp_path):
+    """providers_file(value) -> the path of a file with this JSON (or, if it is a str, this text)."""
+    def write(value, name="mine.json"):
+        path = tmp_path / name
+        path.write_text(value if isinstance(value, str) else json.dumps(value))
+        return str(path)
+    return write
+
+
+def loaded(*paths):
+    return cliproxy.load_providers(cliproxy.merged_providers(paths))
+
+
+def patch(name, **row):
+    return {"providers": {name: row}}
+
+
+JSONL = {"driver": "jsonl", "argv": [], "events": [{"if": {"type": "x"}, "done": "stop"}]}
+MISTAKES = [
+    ([], "$: expected an object, found []"),
+    ({"version": 2}, "$.version: expected 1, found 2; this file is for another version of cliproxy"),
+    ({"version": "1"}, '$.version: expected a whole number, found "1"'),
+    ({"provider": {}}, "$.provider: is not a setting; expected one of defaults, providers, version"),
+    ({"providers": []}, "$.providers: expected an object, found []"),
+    (patch("claude", binary=5), "$.providers.claude.binary: expected a string, found 5"),
+    (patch("claude", bynary="x"), "$.providers.claude.bynary: is not a setting; expected one of args, binary, derive,"),
+    (patch("claude", slots=True), "$.providers.claude.slots: expected a whole number, found true"),
+    (patch("claude", slots=1.5), "$.providers.claude.slots: expected a whole number, found 1.5"),
+    (patch("claude", timeouts={"first": "soon"}), '$.providers.claude.timeouts.first: expected a number, found "soon"'),
+    (patch("claude", timeouts={"frist": 1}), "$.providers.claude.timeouts.frist: is not a setting; expected one of first, idle, queue, start, total"),
+    (patch("claude", version={"argv": ["-v"], "match": "("}), '$.providers.claude.version.match: expected a regular expression, found "(": '),
+    (patch("claude", status=5), "$.providers.claude.status: expected a regular expression (a string), found 5"),
+    (patch("claude", env={"pass": "PATH"}), '$.providers.claude.env.pass: expected a list, found "PATH"'),
+    (patch("claude", env={"pass": ["PATH", 1]}), "$.providers.claude.env.pass[1]: expected a string, found 1"),
+    (patch("claude", errors=[{"error": "nope"}]), '$.providers.claude.errors[0].error: expected one of not_logged_in, authentication, permission, rate_limit,'),
+    (patch("claude", errors=[{"error": ["quota"]}]), "$.providers.claude.errors[0].error: expected one of not_logged_in, "),
+    (patch("claude", strategies=[{"driver": {}, "argv": []}]), "$.providers.claude.strategies[0].driver: expected one of "),
+    (patch("claude", errors=[{"match": "x"}]), "$.providers.claude.errors[0].error: is missing; expected a value"),
+    (patch("claude", args=["a", 5]), '$.providers.claude.args[1]: expected a string, a list or an object with "argv", found 5'),
+    (patch("claude", args={"a": 1}), '$.providers.claude.args: expected a list of arguments, found {"a": 1}'),
+    (patch("claude", args=[{"if": "model"}]), "$.providers.claude.args[0].argv: is missing; expected a value"),
+    (patch("claude", strategies=[]), "$.providers.claude.strategies: expected at least one strategy, found none"),
+    (patch("claude", strategies=[{"driver": "telnet", "argv": []}]), "$.providers.claude.strategies[0].driver: expected one of "),
+    (patch("claude", strategies=[{"driver": "jsonl", "argv": []}]), "$.providers.claude.strategies[0].events: is missing; a jsonl strategy needs rules that say what a line means"),
+    (patch("claude", strategies=[{**JSONL, "events": [{"done": "stop"}]}]), "$.providers.claude.strategies[0].events[0].if: is missing; expected an object"),
+    (patch("claude", strategies=[{**JSONL, "events": [{"if": {"a": {"matches": "x"}}}]}]), "$.providers.claude.strategies[0].events[0].if.a.matches: is not a setting; expected one of exists, match"),
+    (patch("claude", strategies=[{**JSONL, "argv": ["{modle}"]}]), "$.providers.claude.strategies[0]: {modle} is not a variable; expected one of "),
+    (patch("claude", strategies=[{**JSONL, "argv": [{"if": "histroy", "argv": []}]}]), "$.providers.claude.strategies[0]: {histroy} is not a variable"),
+    (patch("claude", files={"a": "{nothing}"}), "$.providers.claude.strategies[0]: {nothing} is not a variable"),
+    (patch("new", models={"default": ""}, strategies=[JSONL]), "$.providers.new.binary: is missing; expected a string"),
+    (patch("new", binary="x", strategies=[JSONL]), "$.providers.new.models: is missing; expected an object"),
+    (patch("New", binary="x", models={"default": ""}, strategies=[JSONL]), "$.providers.New: expected a name of a-z, 0-9, - and _"),
+]
+
+
+@pytest.mark.parametrize("mistake, words", MISTAKES, ids=[w.partition(":")[0][-40:] + str(i) for i, (_, w) in enumerate(MISTAKES)])
+def test_a_mistake_is_named_by_its_json_path_with_what_was_expected(providers_file, mistake, words):
+    path = providers_file(mistake)
+    with pytest.raises(cliproxy.ConfigError) as e:
+        loaded(path)
+    assert str(e.value).replace(path + ": ", "").startswith(words)
+
+
+def test_a_mistake_that_is_long_is_shown_cut():
+    with pytest.raises(cliproxy.ConfigError) as e:
+        cliproxy.check(["x" * 100], str, "$")
+    assert str(e.value) == '$: expected a string, found ["' + "x" * 55 + "..."
+
+
+def test_a_file_that_is_no_json_or_not_there_is_named(providers_file, tmp_path):
+    broken = providers_file('{"version": 1,}')
+    with pytest.raises(cliproxy.ConfigError, match=re.escape(broken) + " is not JSON: .* line 1 column"):
+        loaded(broken)
+    with pytest.raises(cliproxy.ConfigError, match=re.escape(str(tmp_path / "no")) + " cannot be read: No such file or directory"):
+        loaded(str(tmp_path / "no"))
+
+
+@pytest.mark.parametrize("command", [["--port", "0"], ["doctor"], ["providers"]])
+def test_no_command_starts_with_a_mistake_in_the_providers(providers_file, command):
+    path = providers_file(patch("claude", binary=5))
+    ended = run(*command, "--providers", path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"cliproxy: {path}: $.providers.claude.binary: expected a string, found 5\n"
+
+
+@pytest.mark.parametrize("base, over, result", [
+    ({"a": 1, "b": 2}, {"b": 3}, {"a": 1, "b": 3}), ({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}}, {"a": {"b": 1, "c": 3}}),
+    ({"a": [1, 2]}, {"a": [3]}, {"a": [3]}), ({"a": {"b": 1}}, {"a": 5}, {"a": 5}), ({"a": 5}, {"a": {"b": 1}}, {"a": {"b": 1}}),
+    ({"a": 1}, {"a": None}, {"a": None}), ({}, {"a": {"b": None}}, {"a": {"b": None}})])
+def test_objects_merge_and_all_else_replaces(base, over, result):
+    assert cliproxy.merged(base, over) == result
+
+
+def test_files_are_laid_over_one_another_in_their_order(providers_file):
+    first = providers_file({"defaults": {"slots": 2}, "providers": {"claude": {"binary": "first", "title": "T"}, "qwen": None}}, "1.json")
+    second = providers_file({"providers": {"claude": {"binary": "second", "models": {"default": "opus"}}}}, "2.json")
+    providers = loaded(first, second)
+    assert list(providers) == ["claude", "gemini", "codex", "echo"]
+    row = providers["claude"].row
+    assert (row["binary"], row["title"], row["models"]["default"], row["slots"]) == ("second", "T", "opus", 2)
+    assert row["models"]["names"] == BUILTIN["providers"]["claude"]["models"]["names"]
+    assert providers["echo"].row["slots"] == 64
+
+
+def test_null_removes_a_provider_but_stays_a_value_inside_one(providers_file):
+    providers = loaded(providers_file({"providers": {"gemini": None, "qwen": {"files": {"settings.json": {"json": {"a": None}}}}}}))
+    assert "gemini" not in providers and providers["qwen"].row["files"]["settings.json"]["json"]["a"] is None
+
+
+def test_a_new_cli_is_a_few_lines_of_json(providers_file):
+    new = loaded(providers_file(patch("new", binary="new-cli", models={"default": ""}, strategies=[{"driver": "text", "argv": ["-p"], "stdin": "{prompt}"}])))["new"]
+    assert new.row["slots"] == 8 and new.timeouts == BUILTIN["defaults"]["timeouts"] and new.login == 'run "new-cli" and log in'
+    assert len(new.errors) == len(BUILTIN["defaults"]["errors"]) and "PATH" in new.row["env"]["pass"]
+
+
+def test_providers_prints_what_is_in_force(providers_file):
+    ended = run("providers", "--providers", providers_file(patch("claude", binary="mine")))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert json.loads(ended.stdout) == cliproxy.merged(BUILTIN, patch("claude", binary="mine"))
+
+
+def test_providers_builtin_prints_providers_json():
+    assert run("providers", "--builtin").stdout == cliproxy.BUILTIN_PROVIDERS
+
+
+def test_the_script_alone_works_the_same(tmp_path):
+    alone = str(shutil.copy(SCRIPT, tmp_path))
+    assert json.loads(run("providers", script=alone).stdout) == BUILTIN
+    ended = run("doctor", "echo", script=alone, TMPDIR=str(tmp_path))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "  echo     built in           ready\n", "")
+
+
+def test_a_providers_json_beside_the_script_is_laid_over_the_built_in_one(tmp_path):
+    alone = str(shutil.copy(SCRIPT, tmp_path))
+    (tmp_path / "providers.json").write_text(json.dumps(patch("claude", binary="beside")))
+    assert json.loads(run("providers", script=alone).stdout)["providers"]["claude"]["binary"] == "beside"
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    with subprocess.Popen([sys.executable, "-W", "error", SCRIPT, "providers"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PATH": "/usr/bin:/bin"}) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(LIMIT) in (0, 1)       # 0: all of it had fitted into the pipe
+
+
+EVENT_TESTS = [
+    ({"type": "a"}, {"type": "a", "b": 1}, True), ({"type": "a"}, {"type": "b"}, False), ({"type": "a"}, {}, False), ({}, {"any": 1}, True),
+    ({"a.b.c": 1}, {"a": {"b": {"c": 1}}}, True), ({"a.b.c": 1}, {"a": {"b": 1}}, False), ({"a.b": 1}, {"a": [1]}, False),
+    ({"type": ["a", "b"]}, {"type": "b"}, True), ({"type": ["a", "b"]}, {"type": "c"}, False),
+    ({"ok": True}, {"ok": True}, True), ({"ok": True}, {"ok": 1}, False), ({"n": 0}, {"n": False}, False), ({"n": 0}, {"n": 0}, True),
+    ({"m": {"match": "^ab"}}, {"m": "abc"}, True), ({"m": {"match": "^ab"}}, {"m": "xab"}, False), ({"m": {"match": "a"}}, {"m": 5}, False),
+    ({"m": {"exists": True}}, {"m": 0}, True), ({"m": {"exists": True}}, {"m": None}, False), ({"m": {"exists": False}}, {}, True), ({"m": {"exists": False}}, {"m": ""}, False),
+    ({"type": "a", "x": 1}, {"type": "a", "x": 2}, False), ({"type": "a", "x": 1}, {"type": "a", "x": 1}, True),
+]
+
+
+@pytest.mark.parametrize("row, line, fits", EVENT_TESTS)
+def test_a_rule_fits_a_line_when_all_its_fields_do(row, line, fits):
+    assert cliproxy.EventRule({"if": row, "skip": True}).fits(line) is fits
+
+
+def test_the_binary_is_found_on_the_path_of_the_moment(tmp_path):
+    provider = loaded()["claude"]
+    assert provider.binary({"PATH": str(tmp_path)}) is None
+    (tmp_path / "claude").write_text("#!/bin/sh\n")
+    assert provider.binary({"PATH": str(tmp_path)}) is None         # it cannot be run
+    (tmp_path / "claude").chmod(0o755)
+    assert provider.binary({"PATH": str(tmp_path)}) == str(tmp_path / "claude")
+
+
+def test_a_binary_may_be_a_path_below_the_home(tmp_path, monkeypatch, providers_file):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").write_text("#!/bin/sh\n")
+    (tmp_path / "mine").chmod(0o755)
+    assert loaded(providers_file(patch("claude", binary="~/mine")))["claude"].binary({"PATH": ""}) == str(tmp_path / "mine")
+
+
+# === Scopes ==========================================================================================================
+
+
+@pytest.fixture
+def pair():
+    """Two ends of a connection."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_a_wait_gives_the_descriptors_that_are_ready(pair):
+    ours, theirs = pair
+    with cliproxy.Scope({}) as scope:
+        theirs.send(b"x")
+        assert scope.wait([ours.fileno()]) == {ours.fileno()}
+        assert scope.wait([], [ours.fileno()]) == {ours.fileno()}
+        assert scope.wait([ours.fileno()], [ours.fileno()]) == {ours.fileno()}
+
+
+def test_a_wait_ends_when_its_own_time_is_over(pair):
+    with cliproxy.Scope({}) as scope:
+        assert scope.wait([pair[0].fileno()], at_most=0.01) == frozenset()
+
+
+@pytest.mark.parametrize("stage", ["queue", "start", "first", "idle"])
+def test_the_time_out_that_was_hit_is_named(stage):
+    with cliproxy.Scope({stage: 0.01}) as scope:
+        scope.enter(stage)
+        with pytest.raises(cliproxy.TimedOut) as e:
+            scope.wait([])
+        assert e.value.message.startswith(f"no answer within the {stage} time-out of 0.01 s. ")
+        assert wire(e.value) == WIRE["TimedOut"]
+
+
+def test_no_stage_outlasts_the_total_time_out():
+    with cliproxy.Scope({"total": 0.01, "idle": 60}) as scope:
+        scope.enter("idle")
+        with pytest.raises(cliproxy.TimedOut, match="the total time-out of 0.01 s"):
+            scope.wait([])
+
+
+def test_a_client_that_hangs_up_ends_the_wait(pair):
+    ours, theirs = pair
+    with cliproxy.Scope({}, client=ours) as scope:
+        threading.Timer(0.02, theirs.close).start()
+        with pytest.raises(cliproxy.ClientGone):
+            scope.wait([])
+
+
+def test_a_client_that_is_reset_ends_the_wait():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        with accepted, cliproxy.Scope({}, client=accepted) as scope:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.close()
+            with pytest.raises(cliproxy.ClientGone):
+                scope.wait([])
+
+
+def test_a_client_that_sends_its_next_request_early_has_not_gone(pair):
+    ours, theirs = pair
+    with cliproxy.Scope({}, client=ours) as scope:
+        theirs.send(b"GET")
+        assert scope.wait([], at_most=0.01) == frozenset()
+        assert ours.recv(10) == b"GET"              # it was looked at, not taken
+
+
+def test_another_thread_can_cancel_a_wait_and_every_later_one():
+    with cliproxy.Scope({}) as scope:
+        threading.Timer(0.02, scope.cancel).start()
+        for _ in range(2):
+            with pytest.raises(cliproxy.Cancelled):
+                scope.wait([])
+
+
+def test_silence_is_reported_once_an_interval_and_the_next_wait_waits_again():
+    with cliproxy.Scope({}, keepalive=0.02) as scope:
+        began = time.monotonic()
+        for _ in range(5):
+            assert not scope.silent()
+            assert scope.wait([]) == frozenset()
+            assert scope.silent() and not scope.silent()
+        assert time.monotonic() - began >= 5 * 0.02 - 0.005
+
+
+def test_a_wait_whose_caller_does_not_ask_about_silence_does_not_spin():
+    with cliproxy.Scope({}, keepalive=0.02) as scope:
+        began = time.monotonic()
+        for _ in range(5):
+            scope.wait([])
+        assert time.monotonic() - began >= 5 * 0.02 - 0.005
+
+
+def test_a_closed_descriptor_can_be_forgotten_and_its_number_used_again():
+    with cliproxy.Scope({}) as scope:
+        for _ in range(3):
+            r, w = os.pipe()
+            os.write(w, b"x")
+            assert scope.wait([r]) == {r}
+            scope.forget()
+            os.close(r)
+            os.close(w)
+
+
+class Waiter(threading.Thread):
+    """Takes a slot in a thread of its own and says what came of it."""
+
+    def __init__(self, slots, limits=None):
+        super().__init__()
+        self.slots, self.scope, self.outcome = slots, cliproxy.Scope(limits or {}), None
+        self.start()
+
+    def run(self):
+        with self.scope:
+            try:
+                self.slots.acquire(self.scope, "claude")
+                self.outcome = "taken"
+            except (cliproxy.Busy, cliproxy.Cancelled) as e:
+                self.outcome = e
+
+
+def queued(slots, count):
+    eventually(f"{count} wait in line", lambda: len(slots._queue) == count)
+
+
+def test_slots_are_given_in_the_order_of_asking():
+    slots = cliproxy.Slots(1)
+    waiters = []
+    for i in range(4):
+        waiters.append(Waiter(slots))
+        queued(slots, i) if i else waiters[0].join()
+    for i, waiter in enumerate(waiters):
+        waiter.join()
+        assert waiter.outcome == "taken" and [w.outcome for w in waiters[i + 1:]] == [None] * (3 - i)
+        slots.release()
+    assert slots.busy == 0
+
+
+def test_a_waiter_that_leaves_gives_up_its_place():
+    slots = cliproxy.Slots(1)
+    Waiter(slots).join()
+    second = Waiter(slots)
+    queued(slots, 1)
+    third = Waiter(slots)
+    queued(slots, 2)
+    second.scope.cancel()
+    second.join()
+    assert isinstance(second.outcome, cliproxy.Cancelled)
+    slots.release()
+    third.join()
+    assert third.outcome == "taken"
+    slots.release()
+    assert slots.busy == 0
+
+
+def test_a_queue_that_takes_too_long_says_busy_and_when_to_come_back():
+    slots = cliproxy.Slots(1)
+    Waiter(slots).join()
+    late = Waiter(slots, {"queue": 0.02})
+    late.join()
+    assert late.outcome.message == "all 1 slots of claude are taken: the queue's time-out has passed. Try again, or raise slots in providers.json"
+    assert wire(late.outcome) == (429, "rate_limit_error", "rate_limit_exceeded", True) and late.outcome.retry_after == 5
+    slots.release()
+    assert slots.busy == 0
+
+
+# === Terminal text ===================================================================================================
+
+TERMINAL = [
+    ("plain", b"one\ntwo\n", ["one", "two", ""]),
+    ("no last newline", b"one\ntwo", ["one", "two"]),
+    ("nothing", b"", [""]),
+    ("terminal line ends", b"one\r\ntwo\r\n", ["one", "two", ""]),
+    ("unicode", "Grüße 👩‍👩‍👧 日本\n".encode(), ["Grüße 👩‍👩‍👧 日本", ""]),
+    ("broken unicode", b"a\xff\xc3\n", ["a\ufffd\ufffd", ""]),
+    ("cut unicode at the end", b"a\xf0\x9f\x98", ["a\ufffd"]),
+    ("colours", b"\x1b[1m\x1b[38;5;196mred\x1b[0m \x1b[4:3mx\x1b[m\n", ["red x", ""]),
+    ("title", b"\x1b]0;a title\x07text\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\\n", ["textlink", ""]),
+    ("device strings", b"\x1bP1$r0m\x1b\\a\x1b_x\x1b\\b\x1b^y\x1b\\c\x1bXz\x1b\\d\n", ["abcd", ""]),
+    ("charset and keypad", b"\x1b(B\x1b)0\x1b=\x1b>\x1b7\x1b8\x1bMa\n", ["a", ""]),
+    ("cursor and modes", b"\x1b[?25l\x1b[?1049h\x1b[2J\x1b[Ha\x1b[?25h\n", ["a", ""]),
+    ("progress", b"10%\r20%\r100%\n", ["100%", ""]),
+    ("spinner", b"\xe2\xa0\x8b thinking\r\x1b[Kdone\n", ["done", ""]),
+    ("shorter over longer", b"longer\rab\n", ["abnger", ""]),
+    ("backspace", b"ab\b\bX\bYc\n", ["Yc", ""]),
+    ("erase to the end", b"abcdef\x1b[3D\x1b[K!\n", ["abc!", ""]),
+    ("erase to the start", b"abcdef\x1b[3D\x1b[1Kx\n", ["   xef", ""]),
+    ("erase the line", b"abc\x1b[2Kd\n", ["   d", ""]),
+    ("columns", b"abc\x1b[1Gx\x1b[3Cy\x1b[10Gz\n", ["xbc y    z", ""]),
+    ("far back", b"abc\x1b[99Dx\b\b\by\n", ["ybc", ""]),
+    ("controls", b"a\x00b\x07c\x0ed\x7fe\tf\n", ["abcde\tf", ""]),
+    ("newline in a raw terminal", b"a\nb\r\nc", ["a", "b", "c"]),
+    ("a lone escape", b"a\x1b\nb", ["a", "b"]),
+    ("an unfinished sequence", b"a\x1b]0;title that never ends", ["a]0;title that never ends"]),
+    ("codex", b"\x1b[1mmodel:\x1b[0m gpt-5.5\r\n\x1b[1m\x1b[33mwarning:\x1b[0m\x1b[0m no\r\n\x1b[35m\x1b[3mcodex\x1b[0m\x1b[0m\r\nw1\r\n", ["model: gpt-5.5", "warning: no", "codex", "w1", ""]),
+]
+
+
+def pieces(data, size=None):
+    """The data whole (None), in pieces of a size, or (0) in odd ones."""
+    if size is None:
+        return [data]
+    if size:
+        return [data[i:i + size] for i in range(0, len(data), size)]
+    choose, out = random.Random(len(data)), []
+    while data:
+        n = choose.randint(1, 11)
+        out.append(data[:n])
+        data = data[n:]
+    return out
+
+
+SPLITS = [None, 1, 2, 3, 7, 0]
+
+
+def shown(data, size=None):
+    text, lines = cliproxy.TerminalText(), []
+    for piece in pieces(data, size):
+        lines += text.feed(piece)
+    return [*lines, *text.end().split("\n")]
+
+
+@pytest.mark.parametrize("name, data, lines", TERMINAL, ids=[t[0] for t in TERMINAL])
+def test_terminal_output_is_what_a_person_would_see_however_it_is_split(name, data, lines):
+    assert [shown(data, size) for size in SPLITS] == [lines] * len(SPLITS)
+
+
+def test_every_split_in_two_gives_the_same_lines():
+    data = b"".join(t[1] for t in TERMINAL if t[0] not in ("an unfinished sequence", "cut unicode at the end"))
+    whole = shown(data)
+    for i in range(len(data)):
+        text = cliproxy.TerminalText()
+        assert [*text.feed(data[:i]), *text.feed(data[i:]), *text.end().split("\n")] == whole, i
+
+
+@pytest.mark.parametrize("size", SPLITS)
+def test_an_escape_sequence_beyond_all_measure_is_text_however_it_is_split(size):
+    most = cliproxy.MAX_ESCAPE
+    fits, too_long = (b"\x1b]" + b"x" * (n - 3) + b"\x07" for n in (most, most + 1))
+    assert shown(b"a" + fits + b"b", size) == ["ab"]
+    assert shown(b"a" + too_long + b"b", size) == ["a]" + "x" * (most - 2) + "b"]
