@@ -309,7 +309,8 @@ class BillingRefused(ProviderError):
 
 class ContextLengthExceeded(ProviderError):
     status, type, code, should_retry = 400, "invalid_request_error", "context_length_exceeded", False
-    advice = "shorten the messages: together they exceed the model's maximum context length"
+    # LangChain and others look for "maximum context length"; LiteLLM, and so aider, for "model's maximum context limit".
+    advice = "shorten the messages: they exceed the model's maximum context limit (its maximum context length)"
 
 
 class Refused(ProviderError):
@@ -3275,7 +3276,7 @@ class Handler(BaseHTTPRequestHandler):
         if path in PATHS:
             raise MethodNotAllowed(f"{self.command} is not allowed here", f"{path} takes {' and '.join(PATHS[path])}", close=True)
         raise NotFound(f"there is no {self.path.partition('?')[0]} here", "this proxy serves POST /v1/chat/completions and GET /v1/models",
-                       "set the client's base URL to http://HOST:PORT/v1", close=self.command not in ("GET", "HEAD"))
+                       "set the client to the chat completions API, and its base URL to http://HOST:PORT/v1", close=self.command not in ("GET", "HEAD"))
 
     def _model(self, name: str, provider: Provider) -> Dict[str, Any]:
         return {"id": name, "object": "model", "created": self.server.state.started, "owned_by": provider.name}
