@@ -1604,8 +1604,13 @@ class Spawner:
 
     def close(self) -> None:
         """End the spawner, every child and every place; returns when they are gone."""
-        self._socket.close() if self._thread is None else self._socket.shutdown(socket.SHUT_RDWR)
-        if self._thread is not None:
+        if self._thread is None:
+            self._socket.close()
+        else:
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass                        # it was killed, and its socket is closed already
             self._thread.join()
         try:
             os.waitpid(self.pid, 0)
