@@ -2425,7 +2425,7 @@ class PlainText:
                 continue
             if self._stream and line:
                 yield Text(self._gap + line)
-            self._gap = "\n" if self._stream and line else self._gap + "\n" if self._said else ""
+            self._gap = "\n" if self._stream and line else self._gap + "\n"
             self._said.append(line)
 
 
