@@ -389,7 +389,7 @@ BUILTIN_PROVIDERS = r'''{
       {"error": "context_length", "match": "prompt is too long|context_length_exceeded|maximum context length|input token count|ran out of room in the model's context window|input exceeds the maximum length|request too large|range of input length"},
       {"error": "model_not_found", "match": "issue with the selected model|is not found for api version|model_not_found|model .{1,80} does not exist|model .{1,80} not found"},
       {"error": "billing", "match": "credit balance|insufficient_quota|quota exceeded\\. check your plan|to use codex with your chatgpt plan|extra usage|billing|payment required"},
-      {"error": "quota", "match": "usage limit|hit your .{0,24}limit|daily quota|quota will reset|exhausted your (capacity|daily)"},
+      {"error": "quota", "match": "(?<!not your )usage limit|hit your .{0,24}limit|daily quota|quota will reset|exhausted your (capacity|daily)"},
       {"error": "rate_limit", "status": [429]},
       {"error": "rate_limit", "match": "rate.?limit|too many requests|\\b429\\b|exceeded your current quota|resource.?exhausted|temporarily limiting requests"},
       {"error": "authentication", "status": [401]},
