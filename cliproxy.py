@@ -788,6 +788,7 @@ BUILTIN_PROVIDERS = r'''{
           "stream": true
         }
       ],
+      "errors": [{"error": "not_logged_in", "match": "qwen oauth"}],
       "status": "(?m)^\\[API Error: (\\d{3})\\b|^(\\d{3})\\b",
       "failure": "(\\[API Error: .*\\])"
     },
