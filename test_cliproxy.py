@@ -1375,3 +1375,795 @@ def test_an_escape_sequence_beyond_all_measure_is_text_however_it_is_split(size)
     fits, too_long = (b"\x1b]" + b"x" * (n - 3) + b"\x07" for n in (most, most + 1))
     assert shown(b"a" + fits + b"b", size) == ["ab"]
     assert shown(b"a" + too_long + b"b", size) == ["a]" + "x" * (most - 2) + "b"]
+
+
+# === Processes =======================================================================================================
+
+
+@pytest.fixture
+def spawner(tmp_path, monkeypatch):
+    """A spawner in this process, with its root in a directory of the test; closed afterwards."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made = cliproxy.Spawner()
+    yield made
+    made.close()
+    assert made.gone.is_set() or made._thread is None
+    assert not os.path.exists(made.root) and not alive(made.pid)
+
+
+def shell(spawner, script, stdin=b"", on_tty=(), env=None, place="", limits=None):
+    """(stdout, stderr, exit status) of a shell script run by the spawner."""
+    with cliproxy.Scope(limits or {}) as scope:
+        with spawner.spawn(["/bin/sh", "-c", script], env if env is not None else {"PATH": "/usr/bin:/bin"}, place or spawner.root, on_tty, place) as child:
+            child.write(stdin)
+            out = b"".join(child.output(scope))
+            return out, child.errors(), child.wait(LIMIT)
+
+
+def test_a_child_has_three_pipes_and_an_exit_status(spawner):
+    assert shell(spawner, "cat; echo problem >&2; exit 3", b"input") == (b"input", "problem", 3)
+
+
+def test_a_child_that_was_killed_says_by_which_signal(spawner):
+    assert shell(spawner, "kill -9 $$") == (b"", "", -9)
+
+
+def test_a_child_has_exactly_the_environment_and_the_directory_it_was_given(spawner, tmp_path):
+    (tmp_path / "work").mkdir()
+    out, _, status = shell(spawner, "/usr/bin/env -u PWD -u _ -u SHLVL -u OLDPWD; pwd -P", env={"A": "1", "B": "x y\nz"}, place=str(tmp_path / "work"))
+    assert (out.decode().split("\n"), status) == (["A=1", "B=x y", "z", os.path.realpath(str(tmp_path / "work")), ""], 0)
+
+
+def test_a_child_leads_a_session_of_its_own_and_its_files_are_private(spawner, tmp_path):
+    out, _, _ = shell(spawner, f'ps -o pid= -o pgid= -p $$; : >"{tmp_path}/file"')
+    pid, group = out.split()
+    assert pid == group and os.stat(tmp_path / "file").st_mode & 0o777 == 0o600
+
+
+def test_a_program_that_cannot_be_started_is_an_error_that_says_why(spawner, tmp_path):
+    (tmp_path / "no-program").write_text("")
+    for program, number in ((str(tmp_path / "missing"), errno.ENOENT), (str(tmp_path / "no-program"), errno.EACCES)):
+        for on_tty in ((), (1,)):
+            with pytest.raises(OSError) as e:
+                spawner.spawn([program], {}, spawner.root, on_tty)
+            assert e.value.errno == number
+    assert shell(spawner, "echo still here")[0] == b"still here\n"
+
+
+def test_a_directory_that_is_not_there_is_an_error(spawner):
+    with pytest.raises(OSError) as e:
+        spawner.spawn(["/bin/sh", "-c", ":"], {}, "/nonexistent")
+    assert e.value.errno == errno.ENOENT
+
+
+def test_input_and_output_of_megabytes_cannot_block_one_another(spawner):
+    data = bytes(range(256)) * 16384
+    assert shell(spawner, "cat", data) == (data, "", 0)
+
+
+def test_a_child_that_does_not_read_its_input_is_no_error(spawner):
+    assert shell(spawner, "exec <&-; echo done", b"x" * 1000000) == (b"done\n", "", 0)
+    assert shell(spawner, ":", b"x" * 1000000)[2] == 0
+
+
+def test_only_the_end_of_stderr_is_kept(spawner):
+    _, errors, _ = shell(spawner, "i=0; while [ $i -lt 3000 ]; do echo 0123456789-$i >&2; i=$((i+1)); done")
+    assert errors.endswith("0123456789-2999") and 0.9 * cliproxy.STDERR_KEPT < len(errors) <= cliproxy.STDERR_KEPT
+
+
+def test_stderr_is_clean_text(spawner):
+    assert shell(spawner, r"printf '\033[31mred\033[0m\r\n10%%\r99%%\n' >&2")[1] == "red\n99%"
+
+
+def test_a_stderr_that_is_closed_early_does_not_end_the_output(spawner):
+    assert shell(spawner, "exec 2>&-; echo out; cat", b"in") == (b"out\nin", "", 0)
+
+
+def test_a_terminal_is_raw_and_silent_and_very_wide(spawner):
+    script = "stty -a <&1; stty size <&1; printf 'a\\nb\\n'"
+    out, errors, status = shell(spawner, script, b"input that must not be echoed", on_tty=(1,))
+    assert status == 0 and errors == "" and b"input" not in out
+    settings, _, rest = out.partition(b"200 32000\n")
+    assert rest == b"a\nb\n"                                     # no CR is put before LF
+    assert {b"-icanon", b"-echo", b"-isig", b"-opost", b"-icrnl"} <= set(settings.replace(b";", b" ").split())
+
+
+def test_only_the_descriptors_that_are_named_are_the_terminal(spawner):
+    for on_tty in ((), (1,), (0, 1), (1, 2), (0, 1, 2)):
+        out, _, _ = shell(spawner, "for i in 0 1 2; do if [ -t $i ]; then echo $i; fi; done", on_tty=on_tty)
+        assert out == b"".join(b"%d\n" % fd for fd in on_tty)
+
+
+def test_a_long_line_goes_through_a_terminal_in_both_directions(spawner):
+    with cliproxy.Scope({}) as scope, spawner.spawn(["/bin/sh", "-c", "head -c 300000"], {"PATH": "/usr/bin:/bin"}, spawner.root, (0, 1, 2)) as child:
+        child.write(b"x" * 300000)                              # a canonical terminal would cut it at 4,096 bytes
+        assert b"".join(child.output(scope)) == b"x" * 300000 and child.wait(LIMIT) == 0
+
+
+def test_leaving_a_child_ends_its_group_even_what_ignores_sigterm(spawner, tmp_path):
+    script = f"trap '' TERM; sh -c \"trap '' TERM; echo \\$\\$ >'{tmp_path}/grandchild'; while :; do sleep 100; done\" & echo up; while :; do sleep 100; done"
+    with cliproxy.Scope({}) as scope:
+        with spawner.spawn(["/bin/sh", "-c", script], {"PATH": "/usr/bin:/bin"}, spawner.root) as child:
+            assert next(child.output(scope)) == b"up\n"
+            grandchild = int(eventually("the grandchild runs", lambda: (tmp_path / "grandchild").exists() and (tmp_path / "grandchild").read_text()))
+            assert alive(child.pid) and alive(grandchild)
+    assert child.wait(LIMIT) == -signal.SIGKILL
+    eventually("nothing of the group is left", lambda: not alive(grandchild) and not alive(child.pid))
+
+
+def test_a_child_that_ends_takes_along_what_it_left_behind(spawner, tmp_path):
+    assert shell(spawner, f"sleep 100 >/dev/null 2>&1 & echo $! >'{tmp_path}/left'; exit 0")[2] == 0
+    eventually("what it left has gone", lambda: not alive(int((tmp_path / "left").read_text())))
+
+
+def test_a_released_child_may_end_by_itself(spawner, tmp_path):
+    with cliproxy.Scope({}) as scope:
+        with spawner.spawn(["/bin/sh", "-c", f"echo answer; read word; echo saved >'{tmp_path}/token'; exit 7"], {"PATH": "/usr/bin:/bin"}, spawner.root) as child:
+            assert next(child.output(scope)) == b"answer\n"
+            child.release(grace=LIMIT)                          # its stdin is closed now, and it goes on
+    assert child.wait(LIMIT) == 7 and (tmp_path / "token").read_text() == "saved\n"
+
+
+def test_a_released_child_that_does_not_end_is_ended(spawner):
+    with cliproxy.Scope({}) as scope:
+        with spawner.spawn(["/bin/sh", "-c", "echo answer; while :; do sleep 100; done"], {"PATH": "/usr/bin:/bin"}, spawner.root) as child:
+            assert next(child.output(scope)) == b"answer\n"
+            child.release(grace=0.01)
+    assert child.wait(LIMIT) == -signal.SIGTERM
+
+
+def test_the_place_of_a_child_goes_with_it(spawner, tmp_path):
+    place = os.path.join(spawner.root, "place")
+    os.makedirs(os.path.join(place, "deep", "down"))
+    assert shell(spawner, "echo x > deep/down/file; chmod 500 deep/down 2>/dev/null; chmod 700 deep/down", place=place)[2] == 0
+    eventually("the place is gone", lambda: not os.path.exists(place))
+
+
+def test_many_threads_may_spawn_at_once(spawner):
+    outcomes = []
+
+    def one(i):
+        for j in range(5):
+            outcomes.append(shell(spawner, f"echo {i}.{j}; exit {i}") == (b"%d.%d\n" % (i, j), "", i))
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert outcomes == [True] * 40
+
+
+def test_a_spawner_that_is_killed_is_noticed_and_takes_its_children_along(spawner):
+    with spawner.spawn(["/bin/sh", "-c", "while :; do sleep 100; done"], {"PATH": "/usr/bin:/bin"}, spawner.root) as child:
+        os.kill(spawner.pid, signal.SIGKILL)
+        assert child.wait(LIMIT) == -signal.SIGKILL and spawner.gone.wait(LIMIT)
+        eventually("the child is gone", lambda: not alive(child.pid))
+        with pytest.raises(OSError):
+            spawner.spawn(["/bin/sh", "-c", ":"], {}, spawner.root)
+
+
+def test_neither_ctrl_c_nor_sigterm_ends_the_spawner_before_the_proxy(spawner):
+    assert shell(spawner, "echo up")[0] == b"up\n"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        os.kill(spawner.pid, number)
+    assert shell(spawner, "echo still here")[0] == b"still here\n"
+
+
+def test_a_proxy_that_is_killed_leaves_nothing(serve):
+    proxy = serve().settled()
+    for name in CLIS:
+        proxy.play(name, ["deaf"], ["grandchild", name + ".pid"], ["begin"], ["words", 100000, 0.01])
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(proxy.started(CLIS[i % 4])) for i in range(20)]
+        assert all(s.recv(12) == b"HTTP/1.1 200" for s in sockets)
+        family = {proxy.spawner(), *proxy.running(), *(int(proxy.read(f"{name}.pid")) for name in CLIS)}
+        assert len(family) == 25 and family <= set(dict(processes()))
+        proxy.process.kill()
+        proxy.process.wait(LIMIT)
+        eventually("nothing of it runs", lambda: not family & set(dict(processes())))
+        eventually("no file is left", lambda: not os.listdir(os.path.join(proxy.folder, "tmp")))
+
+
+# === Prompts =========================================================================================================
+
+CONVERSATION = (
+    Message("system", (TextPart("Be brief."),)), Message("user", (TextPart("What is this?"), ImagePart("image/png", PIXEL))),
+    Message("assistant", (TextPart("Let me look."), CallPart("call_1", "look", '{"at": "it"}'))), Message("tool", (ResultPart("call_1", "look", "a cat"),)),
+    Message("assistant", (TextPart("A cat."),)), Message("system", (TextPart("Be kind."),)), Message("user", (TextPart("And "), TextPart("now?")), "bob"))
+
+
+def test_anthropic_messages():
+    assert cliproxy.anthropic_messages(CONVERSATION) == [
+        {"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PIXEL}}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Let me look."}, {"type": "tool_use", "id": "call_1", "name": "look", "input": {"at": "it"}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1", "content": "a cat"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}, {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "now?"}]}]
+
+
+def test_gemini_contents():
+    assert cliproxy.gemini_contents(CONVERSATION) == [
+        {"role": "user", "content": [{"text": "What is this?"}, {"inlineData": {"mimeType": "image/png", "data": PIXEL}}]},
+        {"role": "assistant", "content": [{"text": "Let me look."}, {"functionCall": {"id": "call_1", "name": "look", "args": {"at": "it"}}}]},
+        {"role": "user", "content": [{"functionResponse": {"id": "call_1", "name": "look", "response": {"output": "a cat"}}}]},
+        {"role": "assistant", "content": [{"text": "A cat."}]}, {"role": "user", "content": [{"text": "And "}, {"text": "now?"}]}]
+
+
+def test_openai_messages():
+    assert cliproxy.openai_messages(CONVERSATION) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}}]},
+        {"role": "assistant", "content": "Let me look.", "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "a cat"}, {"role": "assistant", "content": "A cat."}, {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "now?"}], "name": "bob"}]
+    assert cliproxy.openai_messages([Message("user", ())]) == [{"role": "user", "content": ""}]
+    assert cliproxy.openai_messages([Message("assistant", (CallPart("c", "f", "{}"),))])[0]["content"] is None
+
+
+def test_responses_items():
+    assert cliproxy.responses_items(CONVERSATION) == [
+        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be brief."}]},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "What is this?"}, {"type": "input_image", "image_url": f"data:image/png;base64,{PIXEL}"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Let me look."}]},
+        {"type": "function_call", "call_id": "call_1", "name": "look", "arguments": '{"at": "it"}'}, {"type": "function_call_output", "call_id": "call_1", "output": "a cat"},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "A cat."}]},
+        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be kind."}]},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "And "}, {"type": "input_text", "text": "now?"}]}]
+
+
+def test_a_lone_user_message_is_its_own_transcript_byte_for_byte():
+    for text in ("Hi", "", "  /etc/hostname @x\x1b[1m\x00\n\n", "<user>\nx\n</user>"):
+        assert cliproxy.transcript([user(text)]) == text
+
+
+def test_a_transcript_names_who_said_what():
+    assert cliproxy.transcript(CONVERSATION[1:5]) == ('<user>\nWhat is this?\n</user>\n\n<assistant>\nLet me look.[calls look with {"at": "it"}]\n</assistant>\n\n'
+                                                     "<tool>\na cat\n</tool>\n\n<assistant>\nA cat.\n</assistant>\n\n<assistant>\n")
+
+
+@pytest.mark.parametrize("text, guarded", [("/clear", True), ("  !ls", True), ("?", True), ("a /clear", False), ("", False)])
+def test_what_a_cli_would_take_for_a_command_is_wrapped(text, guarded):
+    assert (cliproxy.transcript([user(text)], r"^\s*[/?!]") != text) is guarded
+    assert text in cliproxy.transcript([user(text)], r"^\s*[/?!]")
+
+
+@pytest.mark.parametrize("messages, before, history, prompt", [
+    ([user("Hi")], None, (), "Hi"),
+    ([user("a"), Message("assistant", (TextPart("b"),)), user("c")], None, (user("a"), Message("assistant", (TextPart("b"),))), "c"),
+    ([user("a", "b")], None, (user("a"),), "b"),
+    ([Message("user", (TextPart("see"), ImagePart("image/png", PIXEL)))], None, (Message("user", (ImagePart("image/png", PIXEL),)),), "see"),
+    ([Message("user", (ImagePart("image/png", PIXEL),))], None, (Message("user", (ImagePart("image/png", PIXEL),)),), None),
+    ([user("a"), Message("assistant", (TextPart("b"),))], None, (user("a"), Message("assistant", (TextPart("b"),))), None),
+    ([Message("tool", (ResultPart("1", "f", "r"),))], None, (Message("tool", (ResultPart("1", "f", "r"),)),), None),
+    ([user("/help me")], r"^\s*/", (user("/"),), "help me"),
+    ([user(" \n/help")], r"^\s*/", (user(" \n/"),), "help"),
+    ([user("help /me")], r"^\s*/", (), "help /me"),
+    ([user("/")], r"^\s*/", (), "/"),
+])
+def test_the_prompt_is_the_last_text_of_the_last_user_message(messages, before, history, prompt):
+    assert cliproxy.split_last(messages, before) == (history, prompt)
+
+
+@pytest.mark.parametrize("text, tokens", [("", 0), ("a", 1), ("abcd", 1), ("abcde", 2), ("é" * 4, 2), ("\ud800", 1)])
+def test_four_bytes_are_counted_as_a_token(text, tokens):
+    assert cliproxy.estimate_tokens(text) == tokens
+
+
+VALUES = {"model": "m", "n": 5, "list": [1, 2], "yes": True, "env:HOME": "/h", "inner": "x"}
+
+
+def lookup(name, arg):
+    return VALUES.get(f"{name}:{arg}" if arg else name, cliproxy.MISSING)
+
+
+@pytest.mark.parametrize("template, filled", [
+    ("plain {} {Model} {1}", "plain {} {Model} {1}"), ("{model}", "m"), ("a{model}b{n}", "amb5"), ("{n}", 5), ("{list}", [1, 2]), ("{env:HOME}/x", "/h/x"),
+    ("{gone}", "MISSING"), ("a{gone}", "MISSING"), ("{gone|default}", "default"), ("a{gone|b}c", "abc"), ("{gone|}", ""), ("{model|default}", "m"),
+    (["a", "{gone}", "{n}"], ["a", 5]), (["{*list}", 3], [1, 2, 3]), (["{*gone}", 3], [3]), (["{list}"], [[1, 2]]),
+    ({"a": "{n}", "b": "{gone}", "{model}": 1}, {"a": 5, "m": 1}), ({"a": {"b": "{gone}"}}, {"a": {}}), ({"{gone}": 1}, {}),
+    (5, 5), (None, None), (True, True), ({"a": None}, {"a": None}), ('{"json": {"like": 1}}', '{"json": {"like": 1}}'), ("x={a=1,b=2}", "x={a=1,b=2}"),
+])
+def test_what_holds_a_missing_value_is_left_out(template, filled):
+    assert cliproxy.fill(template, lookup) == (cliproxy.MISSING if filled == "MISSING" else filled)
+
+
+@pytest.mark.parametrize("args, argv", [
+    (["-p", "{model}", "{n}"], ["-p", "m", "5"]), (["{gone}", "x"], ["x"]), ([["-m", "{model}"], "x"], ["-m", "m", "x"]), ([["-m", "{gone}"], "x"], ["x"]),
+    (["a", "@args", "b"], ["a", "shared", "m", "b"]), ([{"if": "yes", "argv": ["y", "{model}"]}], ["y", "m"]), ([{"if": "gone", "argv": ["y"]}], []),
+    ([{"unless": "gone", "argv": ["n"]}], ["n"]), ([{"unless": "yes", "argv": ["n"]}], []), ([{"if": "env:HOME", "argv": ["home"]}], ["home"]),
+    ([{"each": "list", "argv": ["-x", "v{item}"]}], ["-x", "v1", "-x", "v2"]), ([{"each": "gone", "argv": ["-x"]}], []), (["", "{gone|}"], ["", ""]),
+])
+def test_arguments_come_and_go_with_their_values(args, argv):
+    assert cliproxy.fill_args(args, ["shared", "{model}"], lookup) == argv
+
+
+def variables_of(name, messages, driver="jsonl", place="/place", model="", outside=None, **params):
+    turn = cliproxy.Turn(PROVIDERS[name], model, Request("x", tuple(messages), params))
+    return cliproxy.Variables(turn, strategy(name, driver), place, outside or {})
+
+
+def test_a_file_of_lines_is_written_message_by_message():
+    spec = {"lines": [{"first": "{model}"}, {"for": "history:anthropic", "user": {"id": "{id}", "parent": "{parent}", "said": "{content}"}, "assistant": {"id": "{id}", "parent": "{parent}"}}]}
+    variables = variables_of("claude", [user("a"), Message("assistant", (TextPart("b"),)), user("c")], model="opus")
+    first, a, b = (json.loads(line) for line in cliproxy.fill_lines(spec, variables).splitlines())
+    assert first == {"first": "opus"} and a == {"id": a["id"], "parent": None, "said": [{"type": "text", "text": "a"}]} and b == {"id": b["id"], "parent": a["id"]}
+    assert a["id"] != b["id"]
+
+
+def test_a_file_of_lines_can_depend_on_a_value():
+    spec = {"if": "history", "lines": [{"a": 1}, {"for": "history:responses", "each": {"payload": "{item}"}}]}
+    assert cliproxy.fill_lines(spec, variables_of("claude", [user("c")])) is cliproxy.MISSING
+    lines = cliproxy.fill_lines(spec, variables_of("claude", [user("a"), user("c")])).splitlines()
+    assert [json.loads(line) for line in lines] == [{"a": 1}, {"payload": {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]}}]
+
+
+def test_every_system_message_of_a_conversation_is_part_of_the_system_prompt():
+    assert variables_of("claude", CONVERSATION).lookup("system", "") == "Be brief.\n\nBe kind."
+    assert variables_of("claude", [user("Hi")]).lookup("system", "") is cliproxy.MISSING
+
+
+@pytest.mark.parametrize("url, ours", [
+    ("http://localhost:8080/v1", True), ("http://127.0.0.1:8080", True), ("http://127.1.2.3:8080", True), ("http://[::1]:8080/v1", True), ("http://0.0.0.0:8080", True),
+    ("http://key@localhost:8080/", True), ("https://LOCALHOST:8080", True), (f"http://{socket.gethostname()}:8080", True),
+    ("http://localhost:8081/v1", False), ("http://localhost/v1", False), ("https://api.anthropic.com", False), ("http://example.com:8080", False), ("localhost:8080", False), ("", False),
+])
+def test_a_base_url_that_leads_back_here_is_recognised(url, ours):
+    assert cliproxy.leads_here(url, [8080]) is ours
+
+
+def test_a_child_does_not_inherit_a_base_url_that_leads_back_here():
+    environ = {"ANTHROPIC_BASE_URL": "http://localhost:8080", "ANTHROPIC_API_KEY": "k"}
+    for ports, kept in (([8080], {"ANTHROPIC_API_KEY"}), ([8081], set(environ))):
+        env = cliproxy.child_environment(PROVIDERS["claude"], lambda *a: cliproxy.MISSING, ports, environ)
+        assert {k for k in env if k in environ} == kept
+
+
+def test_a_place_is_private_and_holds_links_to_the_logins_that_exist(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CODEX_HOME", raising=False)
+    (tmp_path / ".codex").mkdir()
+    (tmp_path / ".codex" / "auth.json").write_text("secret")
+    place = cliproxy.make_place(str(tmp_path), PROVIDERS["codex"], lambda *a: cliproxy.MISSING)
+    assert os.stat(place).st_mode & 0o777 == 0o700 and sorted(os.listdir(place)) == ["home", "tmp", "work"] and os.listdir(place + "/work") == []
+    assert os.listdir(place + "/home") == ["auth.json"] and os.readlink(place + "/home/auth.json") == str(tmp_path / ".codex" / "auth.json")
+
+
+def launched(tmp_path, name, messages, driver="jsonl", model="", outside=None, **params):
+    """(the Launch, {name of a file of the place: its text}) of a conversation at a CLI."""
+    place = cliproxy.make_place(str(tmp_path), PROVIDERS[name], lambda *a: cliproxy.MISSING)
+    turn = cliproxy.Turn(PROVIDERS[name], model, Request("x", tuple(messages), params))
+    launch = cliproxy.make_launch(turn, strategy(name, driver), "/bin/" + name, place, variables_of(name, messages, driver, place, model, outside, **params), [])
+    files = {os.path.relpath(os.path.join(d, n), place): open(os.path.join(d, n), encoding="utf-8") for d, _, ns in os.walk(place) for n in ns if not os.path.islink(os.path.join(d, n))}
+    texts = {n: f.read() for n, f in files.items()}
+    for f in files.values():
+        assert os.stat(f.name).st_mode & 0o777 == 0o600
+        f.close()
+    return launch, texts
+
+
+def test_claude_gets_the_system_prompt_and_the_history_in_files_and_the_last_words_by_stdin(tmp_path):
+    launch, files = launched(tmp_path, "claude", [Message("system", (TextPart("S"),)), user("/a"), Message("assistant", (TextPart("b"),)), user("/clear @/etc/hostname")], model="opus",
+                             temperature=0.5, stop=["END"], max_tokens=7, effort="high")
+    assert files["system.md"] == "S" and launch.cwd.endswith("/work")
+    turns = [json.loads(line) for line in files["history.jsonl"].splitlines()]
+    assert [(t["type"], t["message"]["content"]) for t in turns] == [("user", [{"type": "text", "text": "/a"}]), ("assistant", [{"type": "text", "text": "b"}])]
+    assert json.loads(launch.stdin)["message"] == {"role": "user", "content": [{"type": "text", "text": "/clear @/etc/hostname"}, {"type": "text", "text": ""}]}
+    assert json.loads(launch.env["CLAUDE_CODE_EXTRA_BODY"]) == {"temperature": 0.5, "stop_sequences": ["END"]} and launch.env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "7"
+    pairs = list(zip(launch.argv, launch.argv[1:]))
+    assert {("--model", "opus"), ("--effort", "high"), ("--tools", ""), ("--setting-sources", "")} <= set(pairs)
+    assert ("--resume", launch.place + "/history.jsonl") in pairs and ("--system-prompt-file", launch.place + "/system.md") in pairs and "--system-prompt" not in launch.argv
+
+
+def test_claude_without_a_system_message_gets_an_empty_system_prompt(tmp_path):
+    launch, files = launched(tmp_path, "claude", [user("Hi")])
+    assert launch.argv[launch.argv.index("--system-prompt") + 1] == "" and files == {} and "--resume" not in launch.argv
+    assert "CLAUDE_CODE_EXTRA_BODY" not in launch.env and "--effort" not in launch.argv
+
+
+def test_gemini_gets_its_history_as_a_session_and_a_command_is_no_command(tmp_path):
+    launch, files = launched(tmp_path, "gemini", [Message("system", (TextPart("S"),)), user("/help"), Message("assistant", (TextPart("b"),)), user("/help @x")], model="gemini-2.5-flash",
+                             temperature=0, stop=["END"], effort="low", response_format={"type": "json_object"})
+    assert files["system.md"] == "S" and launch.stdin == b"help @x"
+    turns = [json.loads(line) for line in files["history.jsonl"].splitlines()][2:]
+    assert [(t["type"], t["content"][1:]) for t in turns] == [("user", [{"text": "/help"}]), ("gemini", []), ("user", [{"text": "/"}])]
+    assert turns[1]["content"] == [{"text": "b"}] and turns[2]["content"][0] == {"text": "x", "thought": True}
+    settings = json.loads(files["home/.gemini/settings.json"])
+    config = settings["modelConfigs"]["customAliases"]["cliproxy"]["modelConfig"]["generateContentConfig"]
+    assert config == {"temperature": 0, "stopSequences": ["END"], "responseMimeType": "application/json", "thinkingConfig": {"thinkingBudget": 2048}}
+    assert settings["tools"]["core"] == ["mcp_*"] and launch.env["GEMINI_CLI_HOME"] == launch.place + "/home"
+
+
+def test_codex_gets_its_history_as_a_session_to_resume(tmp_path):
+    launch, files = launched(tmp_path, "codex", [user("a"), Message("assistant", (TextPart("b"),)), user("c")], model="gpt-5.5",
+                             effort="low", response_format={"type": "json_schema", "json_schema": {"schema": {"type": "object"}}})
+    path = next(n for n in files if n.startswith("home/sessions/"))
+    meta, a, b = (json.loads(line) for line in files[path].splitlines())
+    assert meta["payload"]["id"] in path and launch.argv[1:4] == ["exec", "resume", meta["payload"]["id"]] and launch.argv[-1] == "-"
+    assert [(x["payload"]["role"], x["payload"]["content"][0]["text"]) for x in (a, b)] == [("user", "a"), ("assistant", "b")]
+    assert launch.stdin == b"c" and json.loads(files["schema.json"]) == {"type": "object"} and 'model_reasoning_effort="low"' in launch.argv
+
+
+def test_codex_keeps_the_provider_the_person_has_chosen_and_switches_its_servers_off(tmp_path):
+    launch, _ = launched(tmp_path, "codex", [user("c")], outside={"found:provider": "mine", "found:mcp_servers": ["a", "b"], "hop": "H"})
+    assert "model_providers.mine.request_max_retries=0" in launch.argv and 'model_provider="cliproxy"' not in launch.argv
+    assert {"mcp_servers.a.enabled=false", "mcp_servers.b.enabled=false", 'model_providers.mine.http_headers.x-cliproxy-hop="H"'} <= set(launch.argv)
+    assert 'model_provider="cliproxy"' in launched(tmp_path, "codex", [user("c")])[0].argv
+
+
+def test_qwen_gets_the_messages_as_they_are(tmp_path):
+    launch, files = launched(tmp_path, "qwen", CONVERSATION, seed=7, logit_bias={"1": 2})
+    settings = json.loads(files["settings.json"])
+    body = settings["model"]["generationConfig"]["extra_body"]
+    assert body == {"messages": cliproxy.openai_messages(CONVERSATION), "seed": 7, "logit_bias": {"1": 2}}
+    assert "run_shell_command" in settings["permissions"]["deny"] and files["work/.qwen/output-language.md"] == ""
+    assert launch.env["QWEN_CODE_SYSTEM_SETTINGS_PATH"] == launch.place + "/settings.json"
+
+
+@pytest.mark.parametrize("name", ["claude", "gemini", "codex"])
+@pytest.mark.parametrize("last, role", [(Message("assistant", (TextPart("b"),)), "assistant"), (Message("tool", (ResultPart("1", "f", "r"),)), "tool")])
+def test_a_conversation_that_ends_in_no_user_message_is_refused_in_words(tmp_path, name, last, role):
+    if (name, role) == ("claude", "tool"):
+        assert json.loads(launched(tmp_path, name, [user("a"), last])[0].stdin)["message"]["content"][0]["type"] == "tool_result"
+        return
+    with pytest.raises(cliproxy.BadRequest) as e:
+        launched(tmp_path, name, [user("a"), last])
+    assert e.value.message == f"{name} needs a user message with text as the last one: this conversation ends in a message of role {role}" and e.value.param == "messages"
+
+
+@pytest.mark.parametrize("name", [*CLIS, "echo"])
+@pytest.mark.parametrize("driver", ["jsonl", "text"])
+def test_the_terminal_is_for_plain_text_only(tmp_path, name, driver):
+    assert launched(tmp_path, name, [user("Hi")], driver)[0].on_tty == ((1,) if driver == "text" else ())
+
+
+# === Drivers =========================================================================================================
+
+
+class Replay:
+    """In place of a Child: bytes that a CLI was seen to write to stdout, in pieces, its stderr and its exit status."""
+
+    def __init__(self, stdout, stderr="", status=0, size=None, place="/nonexistent"):
+        self._pieces, self._stderr, self._status, self.place, self.left = pieces(stdout, size), stderr, status, place, None
+
+    def output(self, scope, poll=None):
+        yield from self._pieces
+
+    def errors(self):
+        return self._stderr
+
+    def wait(self, seconds):
+        return self._status
+
+    def release(self, grace=0.0):
+        self.left = "released"
+
+    def kill(self):
+        self.left = "killed"
+
+
+def replay(name, child, driver="jsonl", row=None):
+    """The events of a replayed CLI; an error is the last of them."""
+    s = strategy(name, driver) if row is None else cliproxy.Strategy(driver, row, tuple(cliproxy.EventRule(r) for r in row.get("events", [])), frozenset())
+    events = []
+    with cliproxy.Scope({}) as scope:
+        try:
+            for event in cliproxy.DRIVERS[driver](cliproxy.Turn(PROVIDERS[name], "", Request("m", (user("Q"),), {})), s).events(child, scope):
+                events.append(event)
+        except (cliproxy.ProxyError, cliproxy.FormatChanged) as e:
+            events.append(e)
+    return events
+
+
+def jsonl(*rows):
+    return b"".join(json.dumps(r).encode() + b"\n" for r in rows)
+
+
+def lines_of(name, *steps):
+    return [row for step in steps for row in LINES[name](*step)]
+
+
+WORDS = [Text("w1 "), Text("w2 "), Text("w3")]
+SAY = ["say", ["w1 ", "w2 ", "w3"]]
+THINKING_TOKENS = {"type": "system", "subtype": "thinking_tokens", "estimated_tokens": 1, "estimated_tokens_delta": 1}
+REFUSAL = {"type": "system", "subtype": "model_refusal_no_fallback", "original_model": "claude-sonnet-5", "content": ""}
+ALLOWED = {"type": "rate_limit_event", "rate_limit_info": {"status": "allowed", "resetsAt": 1795400000, "rateLimitType": "five_hour"}}
+CLAUDE_START, CLAUDE_END = Usage(input=72, cached=10), [Usage(output=6), Done("stop")]
+GEMINI_ERROR = {"type": "error", "timestamp": "t", "severity": "error", "message": ""}
+GEMINI_FAILED = {"type": "result", "timestamp": "t", "status": "error", "stats": {"input_tokens": 46, "output_tokens": 1}}
+
+# Every kind of answer that was recorded: (CLI, its lines, the events, how the child is left).
+ANSWERS = [
+    ("claude", lines_of("claude", ["begin"], SAY, ["end"]), [CLAUDE_START, *WORDS, *CLAUDE_END], "released"),
+    ("claude", [*lines_of("claude", ["begin"], ["think", ["hm "]]), THINKING_TOKENS, *lines_of("claude", SAY, ["end"])], [CLAUDE_START, Thinking("hm "), *WORDS, *CLAUDE_END], "released"),
+    ("claude", [ALLOWED, *lines_of("claude", ["begin"], SAY, ["end"])], [CLAUDE_START, *WORDS, *CLAUDE_END], "released"),
+    ("claude", lines_of("claude", ["begin"], SAY, ["end", "stop_sequence"]), [CLAUDE_START, *WORDS, *CLAUDE_END], "released"),
+    # left alone, it would ask its service again by itself in these four
+    ("claude", lines_of("claude", ["begin"], SAY, ["end", "max_tokens"]), [CLAUDE_START, *WORDS, Usage(output=6), Done("length")], "killed"),
+    ("claude", lines_of("claude", ["begin"], SAY, ["end", "model_context_window_exceeded"]), [CLAUDE_START, *WORDS, Usage(output=6), Done("length")], "killed"),
+    ("claude", [*lines_of("claude", ["begin"], SAY), REFUSAL, *lines_of("claude", ["end", "refusal"])], [CLAUDE_START, *WORDS, Usage(output=6), Done("content_filter")], "killed"),
+    ("claude", lines_of("claude", ["begin"], ["end"]), [CLAUDE_START, Usage(output=6), Done("stop")], "killed"),
+    ("gemini", lines_of("gemini", ["begin"], SAY, ["end"]), [*WORDS, Usage(72, 6, 10), Done("stop")], "released"),
+    ("gemini", [*lines_of("gemini", ["begin"]), {**GEMINI_ERROR, "message": "The model response was blocked due to safety settings."}, GEMINI_FAILED], [Done("content_filter")], "released"),
+    ("gemini", [*lines_of("gemini", ["begin"]), {**GEMINI_ERROR, "message": "The model returned an empty response with no text or thoughts. This may be a transient API issue; please try again."},
+                GEMINI_FAILED], [Done("stop")], "released"),
+    ("codex", lines_of("codex", ["begin"], SAY, ["end"]), [Text("w1 w2 w3"), Usage(72, 6, 10, 0), Done("stop")], "released"),
+    ("codex", lines_of("codex", ["begin"], ["think", ["thinking it over"]], SAY, ["end"]), [Thinking("thinking it over"), Text("w1 w2 w3"), Usage(72, 6, 10, 0), Done("stop")], "released"),
+    ("codex", [{"type": "thread.started", "thread_id": "1"}, {"type": "item.completed", "item": {"id": "item_0", "type": "error", "message": "Model metadata for `x` not found. Defaulting."}},
+               {"type": "turn.started"}, {"type": "error", "message": "Reconnecting... 1/2 (x)"}, *lines_of("codex", SAY, ["end"])], [Text("w1 w2 w3"), Usage(72, 6, 10, 0), Done("stop")], "released"),
+    ("codex", lines_of("codex", ["begin"], SAY, ["fail", "Incomplete response returned, reason: max_output_tokens"]), [Text("w1 w2 w3"), Done("length")], "released"),
+    ("codex", lines_of("codex", ["begin"], SAY, ["fail", "Incomplete response returned, reason: content_filter"]), [Text("w1 w2 w3"), Done("content_filter")], "released"),
+    ("qwen", lines_of("qwen", ["begin"], SAY, ["end"]), [*WORDS, Usage(72, 6, 10), Done("stop")], "released"),
+    ("qwen", lines_of("qwen", ["begin"], ["think", ["let ", "me "]], SAY, ["end"]), [Thinking("let "), Thinking("me "), *WORDS, Usage(72, 6, 10), Done("stop")], "released"),
+    # the words of an error, said by the model, are an answer
+    ("qwen", lines_of("qwen", ["begin"], ["say", ["[API Error: 401 ", "is what you get]"]], ["end"]), [Text("[API Error: 401 "), Text("is what you get]"), Usage(72, 6, 10), Done("stop")], "released"),
+    ("qwen", lines_of("qwen", ["begin"], ["say", ["[API Error: 401]"]], ["end"]), [Usage(72, 6, 10), Text("[API Error: 401]"), Done("stop")], "released"),
+    ("qwen", lines_of("qwen", ["begin"], ["fail", "Model stream ended with empty response text."]), [Usage(0, 0), Done("stop")], "released"),
+    ("echo", [{"type": "delta", "text": "a "}, {"type": "delta", "text": "b"}, {"type": "done", "usage": {"input": 2, "output": 2}}], [Text("a "), Text("b"), Usage(2, 2), Done("stop")], "released"),
+]
+
+
+@pytest.mark.parametrize("name, rows, events, left", ANSWERS, ids=[f"{a[0]}-{i}" for i, a in enumerate(ANSWERS)])
+def test_a_recorded_answer_is_read_the_same_however_it_is_split(name, rows, events, left):
+    for size in SPLITS:
+        for data in (jsonl(*rows), jsonl(*rows).rstrip(b"\n"), jsonl(*rows).replace(b"\n", b"\r\n")):       # a terminal makes CR LF
+            child = Replay(data, size=size)
+            assert (replay(name, child), child.left) == (events, left), size
+
+
+def test_what_comes_after_the_end_of_an_answer_is_not_read():
+    rows = lines_of("claude", ["begin"], SAY, ["end", "max_tokens"], ["begin"], ["say", ["again"]], ["end"])
+    assert replay("claude", Replay(jsonl(*rows)))[-1] == Done("length")
+
+
+@pytest.mark.parametrize("name", ["claude", "qwen"])
+def test_a_cli_that_starts_with_tools_is_refused(name):
+    error = replay(name, Replay(jsonl(*lines_of(name, ["begin", "Bash", "Read"], SAY, ["end"]))))[-1]
+    assert isinstance(error, cliproxy.Crashed)
+    assert error.message.startswith(f'{name} started with tools switched on: ["Bash", "Read"]. It was stopped, because behind this proxy a CLI is a model and no agent')
+
+
+@pytest.mark.parametrize("noise", [b"a warning\n", b"\n", b"5\n", b"[1]\n", b"null\n", b'{"type": "brand_new"}\n', b"\xff\xfe\n", b'{"half": \n'])
+def test_lines_that_no_rule_knows_are_skipped(noise):
+    data = b"".join(noise + jsonl(row) for row in lines_of("gemini", ["begin"], SAY, ["end"]))
+    assert replay("gemini", Replay(data)) == [*WORDS, Usage(72, 6, 10), Done("stop")]
+
+
+def test_a_line_without_end_is_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr(cliproxy, "MAX_LINE", 1 << 20)
+    error = replay("gemini", Replay(b"x" * (2 << 20), size=65536))[-1]
+    assert isinstance(error, cliproxy.Crashed) and error.message.startswith("gemini wrote a line of over 1 MiB")
+
+
+def said_by(name, said, status=None, kind=""):
+    """The error that a CLI reports with these words in its own way."""
+    return lines_of(name, ["begin"], ["fail", said, status] if name == "claude" else ["fail", said])
+
+
+SERVER_SIDE = "This is a server-side issue, usually temporary — try again in a moment. If it persists, check your inference gateway (127.0.0.1:9131)."
+LATER = "\nPlease wait and try again later. To increase your limits, request a quota increase through AI Studio, or switch to another /auth method"
+
+
+def google(code, message, status, **more):
+    return "[API Error: " + json.dumps({"error": {"code": code, "message": message, "status": status, **more}}, separators=(",", ":")) + "]"
+
+
+def qwen_result(message):
+    return [{"type": "result", "subtype": "error_during_execution", "is_error": True, "num_turns": 0, "usage": {"input_tokens": 0, "output_tokens": 0}, "error": {"message": message}}]
+
+
+def codex_401(status, words):
+    return said_by("codex", f"unexpected status {status} {words}: scripted {status}, url: http://127.0.0.1:9100/v1/responses")
+
+
+RESET = {"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": 1795400000, "rateLimitType": "five_hour"}}
+WRAPPER = ("OpenAI Codex v0.169.0\n--------\nworkdir: /w\nmodel: gpt-5.5\n--------\nuser\nQ: 429 rate limit?\n" + BUBBLEWRAP + "\n")
+STACK = "\n    at throwErrorIfNotOK (file:///b.js:267833:24)\n    at process.processTicksAndRejections (node:internal/process/task_queues:95:5)"
+
+# Every failure that was recorded: (CLI, its lines, stderr, exit status, class of the error, retry-after).
+FAILURES = [
+    ("claude", said_by("claude", "Invalid API key · Fix external API key", 401), "", 1, "AuthenticationFailed", None),
+    ("claude", said_by("claude", "Failed to authenticate. API Error: 401 Invalid bearer token", 401), "", 1, "AuthenticationFailed", None),
+    ("claude", said_by("claude", "Failed to authenticate. API Error: 403 not allowed", 403), "", 1, "PermissionDenied", None),
+    ("claude", said_by("claude", "Not logged in · Please run /login"), "", 1, "NotLoggedIn", None),
+    ("claude", said_by("claude", "API Error: Request rejected (429) · This request would exceed your rate limit.", 429), "", 1, "RateLimited", None),
+    ("claude", said_by("claude", "API Error: Server is temporarily limiting requests (not your usage limit) · try again", 429), "", 1, "RateLimited", None),
+    ("claude", [RESET, *said_by("claude", "You've hit your session limit · resets 2:13am (UTC)", 429)], "", 1, "QuotaUsedUp", "event"),
+    ("claude", said_by("claude", "You've hit your session limit · resets 2:13am (UTC)", 429), "", 1, "QuotaUsedUp", "clock"),
+    ("claude", said_by("claude", "API Error: 500 scripted 500. " + SERVER_SIDE, 500), "", 1, "UpstreamFailed", None),
+    ("claude", said_by("claude", "API Error: 529 scripted 529. " + SERVER_SIDE, 529), "", 1, "Overloaded", None),
+    ("claude", said_by("claude", "Prompt is too long", 400), "", 1, "ContextLengthExceeded", None),
+    ("claude", said_by("claude", "Prompt is too long"), "", 1, "ContextLengthExceeded", None),
+    ("claude", said_by("claude", "Request too large (max 32MB). Try with a smaller file.", 413), "", 1, "ContextLengthExceeded", None),
+    ("claude", said_by("claude", "Credit balance is too low", 400), "", 1, "BillingRefused", None),
+    ("claude", said_by("claude", "API Error: 400 messages.0: bad", 400), "", 1, "ProviderBadRequest", None),
+    ("claude", said_by("claude", "There's an issue with the selected model (x). It may not exist or you may not have access to it. Run --model to pick a different model.", 404), "", 1, "ModelNotFound", None),
+    ("claude", said_by("claude", "API Error: Connection to the API was lost (ECONNRESET). This is usually temporary — try again."), "", 1, "Unreachable", None),
+    ("claude", said_by("claude", "API Error: Overloaded"), "", 1, "Overloaded", None),
+    ("claude", said_by("claude", "API Error: Unable to connect to API (ConnectionRefused)"), "", 1, "Unreachable", None),
+    ("claude", lines_of("claude", ["begin"], SAY), "", -9, "Crashed", None),
+    ("claude", [], "Error: When using --print, --output-format=stream-json requires --verbose\n", 1, "Crashed", None),
+    ("gemini", said_by("gemini", google(401, "Request had invalid authentication credentials.", "UNAUTHENTICATED")), "", 145, "AuthenticationFailed", None),
+    ("gemini", said_by("gemini", google(400, "API key not valid. Please pass a valid API key.", "INVALID_ARGUMENT", details=[{"reason": "API_KEY_INVALID"}])), "", 144, "AuthenticationFailed", None),
+    ("gemini", said_by("gemini", google(403, "Permission denied", "PERMISSION_DENIED")), "", 147, "PermissionDenied", None),
+    ("gemini", said_by("gemini", "[API Error: models/zzz is not found for API version v1beta]"), "", 1, "ModelNotFound", None),
+    ("gemini", said_by("gemini", "[API Error: You exceeded your current quota.\nSuggested retry after 34s.]" + LATER), "", 173, "RateLimited", 34),
+    ("gemini", said_by("gemini", "[API Error: Resource has been exhausted (e.g. check quota).]" + LATER), "", 173, "RateLimited", None),
+    ("gemini", said_by("gemini", "[API Error: You have exhausted your daily quota on this model.]" + LATER), "", 173, "QuotaUsedUp", None),
+    ("gemini", said_by("gemini", "[API Error: You have exhausted your capacity on this model. Your quota will reset after 3h20m5s.]" + LATER), "", 173, "QuotaUsedUp", 12005),
+    ("gemini", said_by("gemini", google(500, "An internal error has occurred.", "INTERNAL")), "", 244, "UpstreamFailed", None),
+    ("gemini", said_by("gemini", "[API Error: The model is overloaded. Please try again later.]"), "", 247, "Overloaded", None),
+    ("gemini", said_by("gemini", google(400, "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).", "INVALID_ARGUMENT")), "", 144, "ContextLengthExceeded", None),
+    ("gemini", said_by("gemini", google(400, "Invalid value at 'contents'.", "INVALID_ARGUMENT")), "", 144, "ProviderBadRequest", None),
+    ("gemini", [*lines_of("gemini", ["begin"], SAY), *said_by("gemini", "[API Error: terminated]")], "", 1, "Unreachable", None),
+    ("gemini", [*lines_of("gemini", ["begin"], SAY), {**GEMINI_ERROR, "message": "Model stream ended without a finish reason."}, GEMINI_FAILED], "", 0, "Unreachable", None),
+    ("gemini", said_by("gemini", "[API Error: exception TypeError: fetch failed sending request]"), "", 1, "Unreachable", None),
+    ("gemini", [], "Please set an Auth method in your /h/.gemini/settings.json or specify one of the following environment variables before running: GEMINI_API_KEY, GOOGLE_GENAI_USE_VERTEXAI\n", 41, "NotLoggedIn", None),
+    ("gemini", [], "When using Gemini API, you must specify the GEMINI_API_KEY environment variable.\nUpdate your environment and try again (no reload needed if using .env)!\n", 41, "NotLoggedIn", None),
+    ("gemini", [], "Error authenticating: FatalAuthenticationError: Manual authorization is required but the current session is non-interactive.\n    at initOauthClient (file:///a.js:1:1)\n", 41, "NotLoggedIn", None),
+    ("gemini", [], "No input provided via stdin. Input can be provided by piping data into gemini or using the --prompt option.\n", 42, "Crashed", None),
+    ("gemini", lines_of("gemini", ["begin"], SAY), "", 0, "Crashed", None),           # SIGTERM ends it with status 0 and a cut stream
+    ("gemini", lines_of("gemini", ["begin"], SAY), "", -9, "Crashed", None),
+    ("codex", codex_401(401, "Unauthorized"), "", 1, "AuthenticationFailed", None),
+    ("codex", codex_401(403, "Forbidden"), "", 1, "PermissionDenied", None),
+    ("codex", codex_401(404, "Not Found"), "", 1, "ModelNotFound", None),
+    ("codex", codex_401(502, "Bad Gateway"), "", 1, "UpstreamFailed", None),
+    ("codex", codex_401(503, "Service Unavailable"), "", 1, "Overloaded", None),
+    ("codex", codex_401(529, "<unknown status code>"), "", 1, "Overloaded", None),
+    ("codex", said_by("codex", "exceeded retry limit, last status: 429 Too Many Requests"), "", 1, "RateLimited", None),
+    ("codex", said_by("codex", "You’ve hit your usage limit. Upgrade to Pro (https://chatgpt.com/explore/pro), visit https://chatgpt.com/settings/usage to purchase more credits or try again at Nov 23rd, 2096 12:00 AM."),
+     "", 1, "QuotaUsedUp", "date"),
+    ("codex", said_by("codex", "To use Codex with your ChatGPT plan, upgrade to Plus: https://chatgpt.com/explore/plus."), "", 1, "BillingRefused", None),
+    ("codex", said_by("codex", "Quota exceeded. Check your plan and billing details."), "", 1, "BillingRefused", None),
+    ("codex", said_by("codex", "We’re currently experiencing high demand, which may cause temporary errors."), "", 1, "UpstreamFailed", None),
+    ("codex", said_by("codex", "Selected model is at capacity. Please try a different model."), "", 1, "Overloaded", None),
+    ("codex", said_by("codex", "The requested model 'nope' does not exist."), "", 1, "ModelNotFound", None),
+    ("codex", said_by("codex", '{"detail":"Unsupported model"}'), "", 1, "ProviderBadRequest", None),
+    ("codex", said_by("codex", "Codex ran out of room in the model's context window. Start a new thread or clear earlier history before retrying."), "", 1, "ContextLengthExceeded", None),
+    ("codex", said_by("codex", "stream disconnected before completion: Transport error: network error: error decoding response body"), "", 1, "Unreachable", None),
+    ("codex", said_by("codex", "stream disconnected before completion: idle timeout waiting for SSE"), "", 1, "Unreachable", None),
+    ("codex", said_by("codex", "rate limit exceeded: scripted"), "", 1, "RateLimited", None),
+    ("codex", said_by("codex", "Connection failed: error sending request"), "", 1, "Unreachable", None),
+    ("codex", said_by("codex", "Missing environment variable: `CODEX_API_KEY`."), "", 1, "NotLoggedIn", None),
+    ("codex", lines_of("codex", ["begin"])[:1], "Error: turn/start: turn/start failed: Input exceeds the maximum length of 1048576 characters. (code -32602), data: {\"input_error_code\":\"input_too_large\"}\n",
+     1, "ContextLengthExceeded", None),
+    ("codex", lines_of("codex", ["begin"]), "", -9, "Crashed", None),
+    ("qwen", said_by("qwen", "400 scripted 400"), "", 0, "ProviderBadRequest", None),
+    ("qwen", said_by("qwen", "401 scripted 401"), "", 0, "AuthenticationFailed", None),
+    ("qwen", said_by("qwen", "403 scripted 403"), "", 0, "PermissionDenied", None),
+    ("qwen", said_by("qwen", "404 scripted 404"), "", 0, "ModelNotFound", None),
+    ("qwen", said_by("qwen", "422 scripted 422"), "", 0, "ProviderBadRequest", None),
+    ("qwen", said_by("qwen", "429 scripted 429]\nPossible quota limitations in place or slow response times detected. Please wait and try again later."), "", 0, "RateLimited", None),
+    ("qwen", said_by("qwen", "500 scripted 500"), "", 0, "UpstreamFailed", None),
+    ("qwen", said_by("qwen", "503 scripted 503"), "", 0, "Overloaded", None),
+    ("qwen", [*lines_of("qwen", ["begin"], SAY), *lines_of("qwen", ["fail", "scripted stream error"])], "", 0, "ProviderError", None),
+    ("qwen", [*lines_of("qwen", ["begin"], SAY), *lines_of("qwen", ["fail", "terminated (cause: other side closed)"])], "", 0, "Unreachable", None),
+    ("qwen", said_by("qwen", "Connection error. (cause: fetch failed)"), "", 0, "Unreachable", None),
+    ("qwen", qwen_result("No auth type is selected. Please configure an auth type (e.g. via settings or `--auth-type`) before running in non-interactive mode."), "", 1, "NotLoggedIn", None),
+    ("qwen", qwen_result("Missing API key for OpenAI-compatible auth. Set settings.security.auth.apiKey, or set the 'OPENAI_API_KEY' environment variable."), "", 1, "NotLoggedIn", None),
+    ("qwen", qwen_result("Qwen OAuth free tier was discontinued on 2026-04-15. Run /auth to switch to Coding Plan, OpenRouter, Fireworks AI, or another provider."), "", 1, "NotLoggedIn", None),
+    ("qwen", lines_of("qwen", ["begin"], SAY), "", 143, "Crashed", None),
+]
+
+
+def retry_after(kind, error):
+    """Is retry_after what the CLI's words mean now?"""
+    now, at = time.time(), error.retry_after
+    if kind == "event":
+        return at == pytest.approx(max(0, 1795400000 - now), abs=5)
+    if kind == "date":
+        return at == pytest.approx(datetime.datetime(2096, 11, 23).timestamp() - now, abs=5)
+    if kind == "clock":
+        return (now + at) % 86400 == pytest.approx(2 * 3600 + 13 * 60, abs=65)
+    return at == kind
+
+
+@pytest.mark.parametrize("name, rows, stderr, status, cls, retry", FAILURES, ids=[f"{f[0]}-{f[4]}-{i}" for i, f in enumerate(FAILURES)])
+def test_a_recorded_failure_has_its_own_status_type_and_code(name, rows, stderr, status, cls, retry):
+    for size in (None, 1, 0):
+        events = replay(name, Replay(jsonl(*rows), stderr.strip(), status, size))
+        error = events[-1]
+        assert type(error).__name__ == cls, error
+        assert wire(error)[:3] == WIRE[cls][:3] and retry_after(retry, error)
+        assert error.should_retry is WIRE[cls][3] or cls == "QuotaUsedUp"
+        assert "\n" not in error.message and error.message.startswith(name) or cls in ("ContextLengthExceeded", "ProviderError")
+
+
+@pytest.mark.parametrize("name, stdout, stderr, cls", [
+    ("claude", "API Error: 529 scripted 529. " + SERVER_SIDE + "\n", "", "Overloaded"), ("claude", "Not logged in · Please run /login\n", "", "NotLoggedIn"),
+    ("claude", "Invalid API key · Fix external API key\n", "", "AuthenticationFailed"), ("claude", "Prompt is too long\n", "", "ContextLengthExceeded"),
+    ("gemini", "", "Attempt 1 failed: You exceeded your current quota.\nSuggested retry after 34s.. Max attempts reached\nError when talking to Gemini API Full report available at: "
+     "/t/gemini-client-error-Turn.json RetryableQuotaError: You exceeded your current quota.\nSuggested retry after 34s." + STACK, "RateLimited"),
+    ("gemini", "", "Error when talking to Gemini API Full report available at: /t/gemini-client-error-Turn.json _ApiError: " + google(401, "Bad", "UNAUTHENTICATED")[12:-1] + STACK, "AuthenticationFailed"),
+    ("gemini", "", "Error when talking to Gemini API Full report available at: /t/gemini-client-error-Turn.json ModelNotFoundError: models/zzz is not found for API version v1beta" + STACK, "ModelNotFound"),
+    ("codex", "", WRAPPER + "ERROR: unexpected status 401 Unauthorized: scripted 401, url: http://127.0.0.1:9100/v1/responses\n" * 2, "AuthenticationFailed"),
+    ("codex", "", WRAPPER + "ERROR: Connection failed: error sending request\n", "Unreachable"),
+    ("qwen", "", "[API Error: 401 scripted 401]\n", "AuthenticationFailed"), ("qwen", "", "No auth type is selected. Please configure an auth type (e.g. via settings)\n", "NotLoggedIn"),
+])
+def test_a_recorded_failure_in_plain_text_has_its_own_class(name, stdout, stderr, cls):
+    for size in SPLITS:
+        events = replay(name, Replay(stdout.encode(), stderr.strip(), 1, size), "text")
+        assert len(events) == 1 and type(events[0]).__name__ == cls, events
+
+
+@pytest.mark.parametrize("status, how", [(-9, "was killed by signal 9 (SIGKILL)"), (-11, "was killed by signal 11 (SIGSEGV)"), (3, "ended with exit status 3"),
+                                         (0, "ended with exit status 0"), (None, "closed its output and went on running")])
+def test_a_crash_says_how_and_the_last_words(status, how):
+    error = replay("claude", Replay(b"", "last words", status))[-1]
+    assert isinstance(error, cliproxy.Crashed)
+    assert error.message == f"claude {how} before its answer was complete: last words. Try again, or use another model"
+
+
+@pytest.mark.parametrize("name, rows, stderr, status", [
+    ("gemini", [{"type": "chunk", "text": "w1"}, {"type": "finish"}], "", 0),               # renamed events
+    ("gemini", [], "Unknown arguments: such-flag, suchFlag\nUsage: gemini [options]", 1), ("qwen", [], "Unknown argument: bogus\nUsage: qwen", 1),
+    ("codex", [], "error: unexpected argument '--json' found", 2), ("claude", [], "error: unknown option '--verbose'", 1)])
+def test_a_cli_that_runs_well_but_is_not_understood_has_changed_its_format(name, rows, stderr, status):
+    assert isinstance(replay(name, Replay(jsonl(*rows), stderr, status))[-1], cliproxy.FormatChanged)
+
+
+NOW = datetime.datetime(2026, 11, 22, 20, 0, tzinfo=datetime.timezone.utc).timestamp()
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("Suggested retry after 34s.", 34), ("reset after 3h20m5s.", 12005), ("retry after 1.5s", 1.5), ("retry-after: 17", 17), ("retry_after=20", 20), ("try again in 250ms", 0.25),
+    ("Your quota will reset after 2m.", 120), ("resets 2:13am (UTC)", 6 * 3600 + 13 * 60), ("resets at 9pm (UTC)", 3600), ("resets 8pm (UTC)", 0), ("nothing", None), ("", None),
+    ("try again at Smarch 99th, 2026 12:00 AM", None)])
+def test_the_time_of_a_reset_is_read_from_the_words_of_a_cli(text, seconds):
+    assert cliproxy.parse_reset(PROVIDERS["claude"], text, NOW) == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_a_date_of_a_reset_is_in_local_time():
+    at = datetime.datetime.fromtimestamp(NOW).replace(microsecond=0) + datetime.timedelta(minutes=90)
+    words = at.strftime("or try again at %b {}, %Y %I:%M %p.").format(f"{at.day}th")
+    assert cliproxy.parse_reset(PROVIDERS["codex"], words, NOW) == pytest.approx(5400, abs=60)
+
+
+@pytest.mark.parametrize("message, plain", [
+    ("plain  words\n\nhere", "plain words here"), ("[API Error: 429 slow]\nPlease wait and try again.", "429 slow"), (google(401, "Bad key.", "U"), "Bad key."),
+    ('API Error: 400 {"type":"error","error":{"message":"no"}}', "400 no"), ('{"message": "m"}', "m"), ('{"detail":"d"}', "d"), ('{"error": 5}', '{"error": 5}'), ("a { brace", "a { brace"),
+    ("API Error: Overloaded", "Overloaded")])
+def test_an_error_is_shown_without_its_wrapping(message, plain):
+    assert cliproxy.plain_words(message) == plain
+
+
+@pytest.mark.parametrize("words, parameter", [
+    ("Unsupported parameter: 'temperature' is not supported with this model.", "temperature"), ("`temperature` and `top_p` cannot both be specified", "temperature"),
+    ("seed is deprecated for this model", "seed"), ("stop_sequences: not supported", "stop_sequences"), ("reasoning_effort is not allowed here", "reasoning_effort")])
+def test_a_parameter_that_the_service_refuses_is_named(words, parameter):
+    error = cliproxy.classify(PROVIDERS["claude"], f"API Error: 400 {words}", 400)
+    assert isinstance(error, cliproxy.ParameterRefused) and error.parameter == parameter
+
+
+def test_words_that_no_rule_knows_are_a_failure_of_the_provider():
+    assert cliproxy.classify(PROVIDERS["claude"], "the moon is full") is None
+    error = replay("claude", Replay(jsonl(*said_by("claude", "the moon is full")), "", 1))[-1]
+    assert wire(error) == WIRE["ProviderError"] and error.message == "claude failed: the moon is full. Try again, or use another model"
+
+
+# Plain text: (the strategy's row, what the CLI prints, the answer as it is passed on).
+TEXTS = [
+    ({"stream": True}, b"one\r\ntwo\r\n", ["one", "\ntwo"]), ({"stream": True}, b"\r\n\r\none\r\n\r\ntwo\r\n\r\n", ["\n\none", "\n\ntwo"]), ({"stream": True}, b"one", ["one"]),
+    ({"stream": False}, b"one\r\n\r\ntwo\r\n\r\n", ["one\n\ntwo"]), ({"stream": True}, b"\x1b[1mbold\x1b[0m \xc3\xa9\xf0\x9f\x98\x80\r\n", ["bold é😀"]),
+    ({"stream": True, "drop": ["^\\[STARTUP\\]", "^> "]}, b"[STARTUP] x\r\n> prompt\r\none\r\n[STARTUP] y\r\ntwo\r\n", ["one", "\ntwo"]),
+    ({"stream": True}, b"  indented\r\n\tmore\r\n", ["  indented", "\n\tmore"]),
+    ({"stream": True, "begin": "^codex$", "end": "^tokens used$"}, b"OpenAI Codex v0.169.0\r\n--------\r\n\x1b[36muser\x1b[0m\r\nSay hi\r\n\x1b[35m\x1b[3mcodex\x1b[0m\x1b[0m\r\nw1\r\n\r\nw2\r\n"
+     b"\x1b[2mtokens used\x1b[0m\r\n25\r\n", ["w1", "\n\nw2"]),
+    ({"stream": True}, b"\xe2\xa0\x8b working\r\x1b[2K\r\xe2\xa0\x99 working\r\x1b[2K\rdone\r\n", ["done"]),
+]
+
+
+@pytest.mark.parametrize("row, data, texts", TEXTS, ids=[f"text-{i}" for i in range(len(TEXTS))])
+def test_plain_text_is_cleaned_and_its_last_newline_is_not_part_of_the_answer(row, data, texts):
+    for size in SPLITS:
+        child = Replay(data, size=size)
+        assert replay("claude", child, "text", {"driver": "text", "argv": [], **row}) == [*map(Text, texts), Done("stop")] and child.left == "released"
+
+
+@pytest.mark.parametrize("data", [b"", b"\r\n", b" \r\n\r\n"])
+def test_plain_text_of_nothing_is_no_answer(data):
+    assert isinstance(replay("claude", Replay(data), "text")[-1], cliproxy.Crashed)
+
+
+def test_plain_text_of_a_cli_that_fails_is_no_answer_unless_it_was_streamed():
+    assert [type(e).__name__ for e in replay("claude", Replay(b"half an answer\n", "", 1), "text")] == ["Crashed"]
+    events = replay("gemini", Replay(b"half\nan answer", "", 1), "text")
+    assert events[0] == Text("half") and isinstance(events[-1], cliproxy.Crashed)
