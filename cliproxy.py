@@ -994,11 +994,13 @@ class EventRule:
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to run a provider. `row` is its entry in providers.json; `native` the request parameters its templates use."""
+    """One way to run a provider. `row` is its entry in providers.json; `uses` are the holes of its templates, `native` the
+    request parameters that those stand for."""
     driver: str
     row: Mapping[str, Any]
     events: Tuple[EventRule, ...]
     native: frozenset
+    uses: frozenset = frozenset()
 
     @property
     def images(self) -> bool:
@@ -1036,15 +1038,16 @@ def make_provider(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any]
         where = f"{path}.strategies[{i}]"
         if s["driver"] == "jsonl" and not s.get("events"):
             raise ConfigError(f"{where}.events: is missing; a jsonl strategy needs rules that say what a line means")
-        used = set()
+        used, direct = set(), set()
         for part in (row["env"]["set"], row.get("files", {}), row.get("args", []), s["argv"], s.get("stdin", "")):
             for var, _ in holes(part):
                 if var not in VARIABLES and var not in derived:
                     raise ConfigError(f"{where}: {{{var}}} is not a variable; expected one of {', '.join(sorted(VARIABLES | set(derived)))}")
+                direct.add(var)
                 used.add(derived[var]["from"] if var in derived else var)
         if used & {"schema", "json_mime"}:
             used.add("response_format")
-        strategies.append(Strategy(s["driver"], s, tuple(EventRule(r) for r in s.get("events", [])), frozenset(used & set(PARAMETERS))))
+        strategies.append(Strategy(s["driver"], s, tuple(EventRule(r) for r in s.get("events", [])), frozenset(used & set(PARAMETERS)), frozenset(direct)))
     if not strategies:
         raise ConfigError(f"{path}.strategies: expected at least one strategy, found none")
     rules = [*row.get("errors", []), *defaults.get("errors", [])]
@@ -1963,12 +1966,16 @@ class Variables:
             return self._values[name]
         if name in self._derived:
             row = self._derived[name]
-            value = self._model if row["from"] == "model" else self._request.params.get(row["from"])
-            return row["map"].get(value, MISSING) if re.search(row.get("models", ""), self._model) else MISSING
+            return derived(row, self._model if row["from"] == "model" else self._request.params.get(row["from"]), self._model)
         if name in PARAMETERS:
             value = self._request.params.get(name)
             return MISSING if value is None else value
         return self._outside.get(f"{name}:{arg}" if arg else name, MISSING)
+
+
+def derived(row: Mapping[str, Any], value: Any, model: str) -> Any:
+    """What a row of `derive` makes of a value for this model; MISSING where its map or its models leave it out."""
+    return row["map"].get(value, MISSING) if re.search(row.get("models", ""), model) else MISSING
 
 
 WIRE_GROUPS = ("messages", "history", "last")
@@ -2668,12 +2675,24 @@ class Router:
         for name in turn.request.params:
             if name not in INERT:
                 refused = (turn.provider.name, turn.model, name) in self._refused
-                out[name] = "native" if name in strategy.native and not refused else "emulated" if name in ("stop", "max_tokens") else "ignored"
+                native = not refused and self._takes(turn, strategy, name)
+                out[name] = "native" if native else "emulated" if name in ("stop", "max_tokens") else "ignored"
         ignored = [name for name, how in out.items() if how == "ignored"]
         if ignored and self._strict:
             raise BadRequest(f"{turn.provider.name} has no way to honour {', '.join(ignored)}", "the proxy runs with --strict",
                              "leave it out, or use another model", param=ignored[0], code="unsupported_parameter")
         return out
+
+    @staticmethod
+    def _takes(turn: Turn, strategy: Strategy, name: str) -> bool:
+        """Does this value of a parameter get to the CLI? Some take a JSON schema but no JSON mode, or an effort for some models only."""
+        value = turn.request.params[name]
+        if name not in strategy.native or name in strategy.uses:
+            return name in strategy.native
+        if name == "response_format":
+            return ("schema" if value["type"] == "json_schema" else "json_mime") in strategy.uses
+        rows = (row for var, row in turn.provider.row["derive"].items() if var in strategy.uses and row["from"] == name)
+        return any(derived(row, value, turn.model) is not MISSING for row in rows)
 
     def _attempt(self, answer: Answer, strategy: Strategy, binary: str) -> Iterator[Event]:
         """One child, one answer."""
