@@ -437,6 +437,7 @@ BUILTIN_PROVIDERS = r'''{
           "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
           "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",
           "DISABLE_COMPACT": "1",
+          "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "1000000000",
           "DISABLE_AUTOUPDATER": "1",
           "ANTHROPIC_CUSTOM_HEADERS": "{env:ANTHROPIC_CUSTOM_HEADERS|}\nx-cliproxy-hop: {hop}",
           "MAX_THINKING_TOKENS": "{thinking}",
@@ -452,9 +453,11 @@ BUILTIN_PROVIDERS = r'''{
         "system.md": "{system}",
         "history.jsonl": {"lines": [{"for": "history:anthropic",
           "user": {"type": "user", "uuid": "{id}", "parentUuid": "{parent}", "sessionId": "{uuid}", "timestamp": "2026-01-01T00:00:00.000Z",
-                   "message": {"role": "user", "content": "{content}"}},
+                   "isMeta": true, "message": {"role": "user", "content": "{content}"}},
           "assistant": {"type": "assistant", "uuid": "{id}", "parentUuid": "{parent}", "sessionId": "{uuid}", "timestamp": "2026-01-01T00:00:00.000Z",
-                        "message": {"id": "msg_{id}", "type": "message", "role": "assistant", "model": "claude", "content": "{content}"}}}]}
+                        "message": {"id": "msg_{id}", "type": "message", "role": "assistant", "model": "claude", "content": "{content}"}},
+          "end": {"type": "assistant", "uuid": "{id}", "parentUuid": "{parent}", "sessionId": "{uuid}", "timestamp": "2026-01-01T00:00:00.000Z", "isApiErrorMessage": true,
+                  "message": {"id": "msg_{id}", "type": "message", "role": "assistant", "model": "<synthetic>", "content": [{"type": "text", "text": "x"}]}}}]}
       },
       "args": ["--tools", "", "--no-session-persistence", "--strict-mcp-config", "--setting-sources", "", "--disable-slash-commands",
                "--model", "{model}", ["--system-prompt-file", "{file:system.md}"], {"unless": "system", "argv": ["--system-prompt", ""]},
@@ -569,7 +572,8 @@ BUILTIN_PROVIDERS = r'''{
           {"id": "d04923d38bb0f6017037e74183378ef4", "timestamp": "2026-01-01T00:00:00.000Z", "type": "user", "content": [{"text": "x", "thought": true}]},
           {"for": "history:gemini",
            "user": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "user", "content": [{"text": "x", "thought": true}, "{*content}"]},
-           "assistant": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "gemini", "content": "{content}"}}]}
+           "assistant": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "gemini", "content": "{content}"},
+           "end": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "user", "content": [{"text": "x", "thought": true}]}}]}
       },
       "args": ["-m", "cliproxy", "-p", "", "--session-file", "{file:history.jsonl}"],
       "strategies": [
@@ -1804,8 +1808,9 @@ class Child:
 
 
 def anthropic_messages(messages: Sequence[Message]) -> List[Dict[str, Any]]:
-    """Messages API content blocks (docs.anthropic.com/en/api/messages). System messages travel elsewhere there, so they are left out."""
-    out = []
+    """Messages API messages (docs.anthropic.com/en/api/messages). System messages travel elsewhere there, so they are left out, and
+    so are blank ones, which that API does not take. Neighbours of one role are one message, or claude would put a newline between them."""
+    out: List[Dict[str, Any]] = []
     for m in messages:
         blocks: List[Dict[str, Any]] = []
         for p in m.parts:
@@ -1817,14 +1822,20 @@ def anthropic_messages(messages: Sequence[Message]) -> List[Dict[str, Any]]:
                 blocks.append({"type": "tool_use", "id": p.id, "name": p.name, "input": json.loads(p.arguments or "{}")})
             else:
                 blocks.append({"type": "tool_result", "tool_use_id": p.id, "content": p.text})
-        if m.role != "system":
-            out.append({"role": "assistant" if m.role == "assistant" else "user", "content": blocks})
+        if m.role == "system" or all(b["type"] == "text" and not b["text"].strip() for b in blocks):
+            continue
+        role = "assistant" if m.role == "assistant" else "user"
+        if out and out[-1]["role"] == role:
+            out[-1]["content"] += blocks
+        else:
+            out.append({"role": role, "content": blocks})
     return out
 
 
 def gemini_contents(messages: Sequence[Message]) -> List[Dict[str, Any]]:
     """Gemini API contents (ai.google.dev/api/generate-content). System messages travel elsewhere there, so they are left out."""
     out = []
+    names = {p.id: p.name for m in messages for p in m.parts if isinstance(p, CallPart)}    # an OpenAI tool message has only the id
     for m in messages:
         parts: List[Dict[str, Any]] = []
         for p in m.parts:
@@ -1835,7 +1846,7 @@ def gemini_contents(messages: Sequence[Message]) -> List[Dict[str, Any]]:
             elif isinstance(p, CallPart):
                 parts.append({"functionCall": {"id": p.id, "name": p.name, "args": json.loads(p.arguments or "{}")}})
             else:
-                parts.append({"functionResponse": {"id": p.id, "name": p.name, "response": {"output": p.text}}})
+                parts.append({"functionResponse": {"id": p.id, "name": p.name or names.get(p.id, ""), "response": {"output": p.text}}})
         if m.role != "system":
             out.append({"role": "assistant" if m.role == "assistant" else "user", "content": parts})
     return out
@@ -1932,7 +1943,9 @@ class Variables:
         if prompt is not None and guard and re.match(guard, prompt):
             prompt = f"<user>\n{prompt}\n</user>"
         uses_prompt = any(name == "prompt" for name, _ in holes(strategy.row.get("stdin", "")))
-        self._history: Sequence[Message] = (*messages[:lead], *(history if uses_prompt else messages[lead:-1]))
+        start = 1 + max((i for i, m in enumerate(messages) if m.role in ("assistant", "tool")), default=-1)     # of what was said last
+        self._history: Sequence[Message] = (*messages[:lead], *history) if uses_prompt else messages[:start]
+        self._last: Sequence[Message] = messages[start:]
         systems = [m.text for m in messages if m.role == "system" and m.text]
         form = turn.request.params.get("response_format") or {}
         self._values: Dict[str, Any] = {
@@ -1953,7 +1966,7 @@ class Variables:
 
     def lookup(self, name: str, arg: str) -> Any:
         if name in WIRE_GROUPS and arg:
-            messages = {"messages": self._request.messages, "history": self._history, "last": self._request.messages[-1:]}[name]
+            messages = {"messages": self._request.messages, "history": self._history, "last": self._last}[name]
             shaped = WIRE_FORMATS[arg](messages)
             if name == "last":
                 return shaped[0]["content"] if shaped and shaped[0]["role"] == "user" else MISSING
@@ -2044,7 +2057,8 @@ def _fill_branch(arg: Mapping[str, Any], lookup: Lookup) -> List[str]:
 
 
 def fill_lines(spec: Mapping[str, Any], variables: Variables) -> Any:
-    """A JSON-lines file: its templates in order; {"for": "history:FORMAT", ...} is written once for each message."""
+    """A JSON-lines file: its templates in order; {"for": "history:FORMAT", ...} is written once for each message, and its
+    "end", if it has one, after the last: what keeps a CLI from adding words of its own to a history that ends in a user's."""
     if "if" in spec and variables.lookup(*spec["if"].partition(":")[::2]) is MISSING:
         return MISSING
     lines: List[Any] = []
@@ -2057,6 +2071,8 @@ def fill_lines(spec: Mapping[str, Any], variables: Variables) -> Any:
             values = {"item": item, "content": item.get("content"), "id": str(uuid.uuid4()), "parent": parent}
             lines.append(fill(row.get("each") or row[item["role"]], variables.with_item(values)))
             parent = values["id"]
+        if parent and "end" in row:
+            lines.append(fill(row["end"], variables.with_item({"id": str(uuid.uuid4()), "parent": parent})))
     return "".join(json.dumps(line) + "\n" for line in lines) or MISSING
 
 
@@ -2132,7 +2148,8 @@ def make_launch(turn: Turn, strategy: Strategy, binary: str, place: str, variabl
         data = "".join(json.dumps(line) + "\n" for line in data) if complete else MISSING
     if data is MISSING:
         raise BadRequest(f"{turn.provider.name} needs a user message with text as the last one",
-                         f"this conversation ends in a message of role {turn.request.messages[-1].role}", param="messages")
+                         "it has no text" if turn.request.messages[-1].role == "user" else f"this conversation ends in a message of role {turn.request.messages[-1].role}",
+                         param="messages")
     terminal = strategy.row.get("terminal", ["stdout"] if strategy.driver == "text" else [])
     on_tty = tuple(fd for fd, name in enumerate(("stdin", "stdout", "stderr")) if name in terminal)
     argv = [binary, *fill_args(strategy.row["argv"], row.get("args", []), lookup)]
