@@ -586,8 +586,9 @@ BUILTIN_PROVIDERS = r'''{
           "events": [
             {"if": {"type": "message", "role": "assistant"}, "text": "content"},
             {"if": {"type": "error", "message": {"match": "blocked due to safety|SAFETY|PROHIBITED"}}, "done": "content_filter"},
-            {"if": {"type": "error", "message": {"match": "returned an empty response"}}, "done": "stop"},
+            {"if": {"type": "error", "message": {"match": "returned an empty (?:text )?response|no final response text"}}, "hold": "message"},
             {"if": {"type": "error"}, "error": {"message": "message"}},
+            {"if": {"type": "result", "@held": {"exists": true}}, "usage": {"input": "stats.input_tokens", "output": "stats.output_tokens", "cached": "stats.cached"}, "done": "stop", "drop_held": true},
             {"if": {"type": "result", "status": "success"}, "usage": {"input": "stats.input_tokens", "output": "stats.output_tokens", "cached": "stats.cached"}, "done": "stop"},
             {"if": {"type": "result"}, "error": {"message": "error.message"}},
             {"if": {"type": ["init", "message", "tool_use", "tool_result"]}, "skip": true}
@@ -704,7 +705,7 @@ BUILTIN_PROVIDERS = r'''{
       ],
       "errors": [
         {"error": "context_length", "match": "input exceeds the maximum length|input_too_large"},
-        {"error": "bad_request", "match": "invalid_request_error|^\\{\"detail\"|unsupported|invalid value"}
+        {"error": "bad_request", "match": "invalid_request_error|^\\{\"detail\"|unsupported|invalid value|no prompt provided"}
       ],
       "status": "unexpected status (\\d{3})|last status: (\\d{3})|\"code\": ?(\\d{3})\\b",
       "failure": "(?m)^(?:ERROR|Error): (.*)"
@@ -1892,8 +1893,8 @@ def responses_items(messages: Sequence[Message]) -> List[Dict[str, Any]]:
 
 def transcript(messages: Sequence[Message], guard: Optional[str] = None) -> str:
     """The whole conversation as one text, for a CLI that takes nothing else. A lone user message stays as it is, byte for byte,
-    unless the pattern `guard` fits its start (a CLI would take it for a command)."""
-    if len(messages) == 1 and messages[0].role == "user" and not (guard and re.match(guard, messages[0].text)):
+    unless the pattern `guard` fits its start (a CLI would take it for a command) or there is no text in it (it would take that for nothing)."""
+    if len(messages) == 1 and messages[0].role == "user" and messages[0].text.strip() and not (guard and re.match(guard, messages[0].text)):
         return messages[0].text
     blocks = []
     for m in messages:
