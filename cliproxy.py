@@ -1893,9 +1893,10 @@ def responses_items(messages: Sequence[Message]) -> List[Dict[str, Any]]:
 
 def transcript(messages: Sequence[Message], guard: Optional[str] = None) -> str:
     """The whole conversation as one text, for a CLI that takes nothing else. A lone user message stays as it is, byte for byte,
-    unless the pattern `guard` fits its start (a CLI would take it for a command) or there is no text in it (it would take that for nothing)."""
-    if len(messages) == 1 and messages[0].role == "user" and messages[0].text.strip() and not (guard and re.match(guard, messages[0].text)):
-        return messages[0].text
+    unless the pattern `guard` fits its start (a CLI would take it for a command) or it is nothing but images (for no input at all)."""
+    first, only_images = messages[0], not messages[0].text and any(isinstance(p, ImagePart) for p in messages[0].parts)
+    if len(messages) == 1 and first.role == "user" and not only_images and not (guard and re.match(guard, first.text)):
+        return first.text
     blocks = []
     for m in messages:
         said = "".join(p.text if isinstance(p, (TextPart, ResultPart)) else f"[calls {p.name} with {p.arguments}]"
