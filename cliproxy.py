@@ -558,7 +558,7 @@ BUILTIN_PROVIDERS = r'''{
               "lite": [{"model": "none", "isLastResort": true, "actions": {"terminal": "prompt", "transient": "prompt", "not_found": "prompt", "unknown": "prompt"}, "stateTransitions": {"terminal": "terminal", "transient": "terminal", "not_found": "terminal", "unknown": "terminal"}}]
             },
             "modelIdResolutions": {"{model}": {"default": "{model}", "contexts": []}},
-            "customAliases": {"cliproxy": {"extends": "{kind|chat-base}", "modelConfig": {"model": "{model}", "generateContentConfig": {
+            "customAliases": {"{model}": {"extends": "{kind|chat-base}", "modelConfig": {"model": "{model}", "generateContentConfig": {
               "temperature": "{temperature}", "topP": "{top_p}", "maxOutputTokens": "{max_tokens}", "stopSequences": "{stop}", "seed": "{seed}",
               "presencePenalty": "{presence_penalty}", "frequencyPenalty": "{frequency_penalty}",
               "responseMimeType": "{json_mime}", "responseJsonSchema": "{schema}",
@@ -575,7 +575,7 @@ BUILTIN_PROVIDERS = r'''{
            "assistant": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "gemini", "content": "{content}"},
            "end": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "user", "content": [{"text": "x", "thought": true}]}}]}
       },
-      "args": ["-m", "cliproxy", "-p", "", "--session-file", "{file:history.jsonl}"],
+      "args": ["-m", "{model}", "-p", "", "--session-file", "{file:history.jsonl}"],
       "strategies": [
         {
           "driver": "jsonl",
