@@ -2373,8 +2373,10 @@ class JsonLines:
         said = self._held if rule.error["message"] == ("@held",) else dig(line, rule.error["message"])
         message = said if isinstance(said, str) else child.errors() or "it gave no reason"
         status, kind = dig(line, rule.error.get("status", ("@none",))), dig(line, rule.error.get("kind", ("@none",)))
-        exit_status = child.wait(1.0) if "exit_status" in self._provider.row else None      # some say more by it than in words
-        found = classify(self._provider, message, status if isinstance(status, int) else None, str(kind or ""), exit_status, self._reset)
+        if not isinstance(status, int):     # gemini's answer has it on stderr only, some milliseconds before; its exit status is slower
+            status = http_status(self._provider, message) or http_status(self._provider, child.errors())
+        exit_status = child.wait(1.0) if "exit_status" in self._provider.row and status is None else None
+        found = classify(self._provider, message, status, str(kind or ""), exit_status, self._reset)
         return found or ProviderError(f"{self._provider.name} failed", plain_words(message)[:600], ProviderError.advice)
 
 
