@@ -1433,6 +1433,7 @@ class _SpawnerProcess:
         self._alive: Dict[int, str] = {}                        # pid -> its place
         self._due: List[Tuple[float, int, int]] = []            # (when, pid, signal)
         self._outbox: deque = deque()                           # (bytes, descriptors) not sent yet
+        self._jobs: deque = deque()                             # children to start, one a round: ends and exits never wait behind many starts
 
     def run(self) -> None:
         wake_r, wake_w = os.pipe()
@@ -1448,8 +1449,8 @@ class _SpawnerProcess:
             while True:
                 selector.modify(self._control, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outbox else 0))
                 now = time.monotonic()
-                events = selector.select(max(0.0, min(d[0] for d in self._due) - now) if self._due else None)
-                for key, mask in events:
+                pause = 0.0 if self._jobs else max(0.0, min(d[0] for d in self._due) - now) if self._due else None
+                for key, mask in selector.select(pause):
                     if key.fd == wake_r:
                         os.read(wake_r, 4096)
                     elif mask & selectors.EVENT_WRITE:
@@ -1458,6 +1459,8 @@ class _SpawnerProcess:
                         return self._end_all()
                 self._reap()
                 self._signal_due()
+                if self._jobs:
+                    self._spawn(self._jobs.popleft())
 
     def _receive(self) -> bool:
         try:
@@ -1472,7 +1475,7 @@ class _SpawnerProcess:
         for line in lines:
             job = json.loads(line)
             if "spawn" in job:
-                self._spawn(job)
+                self._jobs.append(job)
             elif job["end"] in self._alive:
                 when = time.monotonic() + job["after"]
                 self._due.append((when, job["end"], job["signal"]))
@@ -2724,6 +2727,7 @@ class Router:
             given = replace(turn.request, params={k: v for k, v in params.items() if answer.params.get(k) == "native"})
             launch = make_launch(turn, strategy, binary, place, Variables(replace(turn, request=given), strategy, place, outside), self.own_ports)
             scope.enter("start")
+            scope.wait((), at_most=0.0)     # nothing is started for a client that has gone while others were
             child = self.spawner.spawn(launch.argv, launch.env, launch.cwd, launch.on_tty, place)
         except OSError as e:
             shutil.rmtree(place, ignore_errors=True)
