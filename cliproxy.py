@@ -206,6 +206,7 @@ class ProxyError(Exception):
                  retry_after: Optional[float] = None, close: bool = False):
         self.message = what + (f": {why}" if why else "") + (f". {do[0].upper()}{do[1:]}" if do else "")
         super().__init__(self.message)
+        self.what = what
         self.param, self.retry_after, self.close = param, retry_after, close
         if code:
             self.code = code
@@ -2273,8 +2274,10 @@ def no_answer(provider: Provider, child: Child, said: str, unknown: int) -> Exce
         known = classify(provider, _failure(provider, text), http_status(provider, text), exit_status=status)
         if known:
             return known
-    if status == 0 and (unknown or said) or (status and FLAGS_REFUSED.search(errors or said)):
-        return FormatChanged(" ".join((errors or said).split())[:200] or f"{unknown} lines of unknown types")
+    if status and FLAGS_REFUSED.search(errors or said):
+        return FormatChanged(" ".join((errors or said).split())[:200])
+    if status == 0 and (unknown or said):   # not what was said: this goes to the log, and may be the model's own words
+        return FormatChanged(" ".join(errors.split())[:200] or (f"{unknown} lines of unknown types" if unknown else "its lines are no JSON"))
     if status is not None and status < 0:
         how = f"was killed by signal {-status} ({signal.Signals(-status).name})"
     else:
@@ -3420,7 +3423,7 @@ class Handler(BaseHTTPRequestHandler):
                     self._send_frame(frame)
             except ProxyError as e:         # too late for a status: the dialect's own error, and no finish reason
                 self._fields["error"] = e.code
-                log(level="warning", event="failed-mid-stream", error=e.message)
+                log(level="warning", event="failed-mid-stream", error=e.what)      # not why: that may quote the answer
                 self._send_frame(dialect.error_frame(e))
             self._end_stream()
         finally:
