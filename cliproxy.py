@@ -391,6 +391,7 @@ BUILTIN_PROVIDERS = r'''{
       {"error": "model_not_found", "match": "issue with the selected model|is not found for api version|model_not_found|model .{1,80} does not exist|model .{1,80} not found"},
       {"error": "billing", "match": "credit balance|insufficient_quota|quota exceeded\\. check your plan|to use codex with your chatgpt plan|extra usage|billing|payment required"},
       {"error": "quota", "match": "(?<!not your )usage limit|hit your .{0,24}limit|daily quota|quota will reset|exhausted your (capacity|daily)"},
+      {"error": "billing", "status": [402]},
       {"error": "rate_limit", "status": [429]},
       {"error": "rate_limit", "match": "rate.?limit|too many requests|\\b429\\b|exceeded your current quota|resource.?exhausted|temporarily limiting requests"},
       {"error": "authentication", "status": [401]},
@@ -611,7 +612,7 @@ BUILTIN_PROVIDERS = r'''{
       ],
       "status": "(?m)\"code\": ?(\\d{3})\\b|^  (?:status|code): (\\d{3})\\b",
       "failure": "client-error-\\S+ (\\w*Error: .*)",
-      "exit_status": {"144": 400, "145": 401, "147": 403, "157": 413, "173": 429, "244": 500, "246": 502, "247": 503, "248": 504, "17": 529}
+      "exit_status": {"144": 400, "145": 401, "146": 402, "147": 403, "157": 413, "173": 429, "244": 500, "246": 502, "247": 503, "248": 504, "17": 529}
     },
     "codex": {
       "title": "Codex CLI, by OpenAI",
@@ -3182,8 +3183,8 @@ class TimedReader(io.RawIOBase):
 class Handler(BaseHTTPRequestHandler):
     """One connection: HTTP/1.1 with keep-alive. The only place with a broad `except`: a fault in one request must not end the rest."""
 
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "cliproxy/" + VERSION, ""
+    protocol_version, default_request_version = "HTTP/1.1", "HTTP/1.0"      # with its own default, 0.9, an error would have no status line
+    server_version = "cliproxy/" + VERSION
     disable_nagle_algorithm = True      # without it a frame waits up to 40 ms for the client's delayed ACK
     server: Listener
 
@@ -3192,6 +3193,9 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.close()
         self._reader = TimedReader(self.connection)
         self.rfile = io.BufferedReader(self._reader, 1 << 16)   # type: ignore[assignment]
+    def version_string(self) -> str:
+        return self.server_version
+
 
     def handle_one_request(self) -> None:
         self._reader.deadline = time.monotonic() + IDLE_SECONDS
@@ -3233,6 +3237,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_OPTIONS(self) -> None:
         self._guarded(self._options)
+
+    def version_string(self) -> str:
+        return self.server_version
 
     def do_PUT(self) -> None:
         self._guarded(self._get)
