@@ -2843,7 +2843,7 @@ IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Fields that would change the answer if a provider obeyed them, and so are reported when it does not; all other unknown
 # fields (user, store, metadata, service_tier, cache keys ...) are taken without a word, as real clients expect.
-REPORTED = ("seed", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "functions",
+REPORTED = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "functions",
             "function_call", "modalities", "audio", "prediction", "verbosity", "web_search_options")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -2898,7 +2898,7 @@ class ChatCompletions:
         params = {
             "temperature": self._typed(body, "temperature", float, int, low=0, high=2), "top_p": self._typed(body, "top_p", float, int, low=0, high=1),
             "max_tokens": self._typed(body, "max_completion_tokens", int, low=1) or self._typed(body, "max_tokens", int, low=1),
-            "n": self._typed(body, "n", int, low=1, high=MAX_CHOICES), "stop": self._stops(body.get("stop")), "effort": effort,
+            "n": self._typed(body, "n", int, low=1, high=MAX_CHOICES), "stop": self._stops(body.get("stop")), "effort": effort, "seed": body.get("seed"),
             "response_format": self._response_format(body.get("response_format"))}
         for name in REPORTED:
             if body.get(name) not in (None, [], {}, False, "auto" if name == "tool_choice" else None):
