@@ -3306,8 +3306,8 @@ class Handler(BaseHTTPRequestHandler):
         return origin if origin and ("*" in allowed or origin in allowed) else None
 
     def _options(self, path: str) -> None:
-        methods = PATHS.get(path.split("/models/")[0] or "/models")
-        if methods is None:
+        methods = _methods(path)
+        if not methods:
             raise NotFound(f"there is no {self.path.partition('?')[0]} here")
         headers = {"Allow": ", ".join([*methods, "HEAD", "OPTIONS"])}
         if self._cors_origin() and self.headers.get("Access-Control-Request-Method"):
@@ -3333,8 +3333,8 @@ class Handler(BaseHTTPRequestHandler):
         self._refuse_method(path)
 
     def _refuse_method(self, path: str) -> None:
-        if path in PATHS:
-            raise MethodNotAllowed(f"{self.command} is not allowed here", f"{path} takes {' and '.join(PATHS[path])}", close=True)
+        if _methods(path):
+            raise MethodNotAllowed(f"{self.command} is not allowed here", f"{path} takes {' and '.join(_methods(path))}", close=True)
         raise NotFound(f"there is no {self.path.partition('?')[0]} here", "this proxy serves POST /v1/chat/completions and GET /v1/models",
                        "set the client to the chat completions API, and its base URL to http://HOST:PORT/v1", close=self.command not in ("GET", "HEAD"))
 
@@ -3504,7 +3504,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(error, Unauthorized):
             headers["WWW-Authenticate"] = "Bearer"
         if isinstance(error, MethodNotAllowed):
-            headers["Allow"] = ", ".join(PATHS.get(self._path(), ()))
+            headers["Allow"] = ", ".join(_methods(self._path()))
         self._send_json(error.status, ChatCompletions.error(error), headers)
 
     def _start_stream(self, answers: Sequence[Answer]) -> None:
@@ -3547,6 +3547,11 @@ class State:
 
     def counted(self) -> State:
         return self
+
+def _methods(path: str) -> Tuple[str, ...]:
+    """What a path takes; nothing if there is no such path. A model's name may have slashes of its own."""
+    return PATHS.get("/models" if path.startswith("/models/") else path, ())
+
 
     def __enter__(self) -> None:
         with self.idle:
