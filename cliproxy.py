@@ -2843,7 +2843,7 @@ IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Fields that would change the answer if a provider obeyed them, and so are reported when it does not; all other unknown
 # fields (user, store, metadata, service_tier, cache keys ...) are taken without a word, as real clients expect.
-REPORTED = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "functions",
+REPORTED = ("seed", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "functions",
             "function_call", "modalities", "audio", "prediction", "verbosity", "web_search_options")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -2898,7 +2898,7 @@ class ChatCompletions:
         params = {
             "temperature": self._typed(body, "temperature", float, int, low=0, high=2), "top_p": self._typed(body, "top_p", float, int, low=0, high=1),
             "max_tokens": self._typed(body, "max_completion_tokens", int, low=1) or self._typed(body, "max_tokens", int, low=1),
-            "n": self._typed(body, "n", int, low=1, high=MAX_CHOICES), "stop": self._stops(body.get("stop")), "effort": effort, "seed": body.get("seed"),
+            "n": self._typed(body, "n", int, low=1, high=MAX_CHOICES), "stop": self._stops(body.get("stop")), "effort": effort,
             "response_format": self._response_format(body.get("response_format"))}
         for name in REPORTED:
             if body.get(name) not in (None, [], {}, False, "auto" if name == "tool_choice" else None):
@@ -3306,8 +3306,8 @@ class Handler(BaseHTTPRequestHandler):
         return origin if origin and ("*" in allowed or origin in allowed) else None
 
     def _options(self, path: str) -> None:
-        methods = _methods(path)
-        if not methods:
+        methods = PATHS.get(path.split("/models/")[0] or "/models")
+        if methods is None:
             raise NotFound(f"there is no {self.path.partition('?')[0]} here")
         headers = {"Allow": ", ".join([*methods, "HEAD", "OPTIONS"])}
         if self._cors_origin() and self.headers.get("Access-Control-Request-Method"):
@@ -3333,8 +3333,8 @@ class Handler(BaseHTTPRequestHandler):
         self._refuse_method(path)
 
     def _refuse_method(self, path: str) -> None:
-        if _methods(path):
-            raise MethodNotAllowed(f"{self.command} is not allowed here", f"{path} takes {' and '.join(_methods(path))}", close=True)
+        if path in PATHS:
+            raise MethodNotAllowed(f"{self.command} is not allowed here", f"{path} takes {' and '.join(PATHS[path])}", close=True)
         raise NotFound(f"there is no {self.path.partition('?')[0]} here", "this proxy serves POST /v1/chat/completions and GET /v1/models",
                        "set the client to the chat completions API, and its base URL to http://HOST:PORT/v1", close=self.command not in ("GET", "HEAD"))
 
@@ -3504,7 +3504,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(error, Unauthorized):
             headers["WWW-Authenticate"] = "Bearer"
         if isinstance(error, MethodNotAllowed):
-            headers["Allow"] = ", ".join(_methods(self._path()))
+            headers["Allow"] = ", ".join(PATHS.get(self._path(), ()))
         self._send_json(error.status, ChatCompletions.error(error), headers)
 
     def _start_stream(self, answers: Sequence[Answer]) -> None:
@@ -3547,11 +3547,6 @@ class State:
 
     def counted(self) -> State:
         return self
-
-def _methods(path: str) -> Tuple[str, ...]:
-    """What a path takes; nothing if there is no such path. A model's name may have slashes of its own."""
-    return PATHS.get("/models" if path.startswith("/models/") else path, ())
-
 
     def __enter__(self) -> None:
         with self.idle:
@@ -3813,17 +3808,17 @@ def argument_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--providers", metavar="FILE", action="append", default=[], help="merge this file over the built-in providers (repeatable)")
     commands = parser.add_subparsers(dest="command", metavar="serve|doctor|providers")
-    serve = commands.add_parser("serve", parents=[common], help="serve (what happens when no command is given)", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    serve.add_argument("--host", default="", help="address to listen on; empty is 127.0.0.1 and ::1")
-    serve.add_argument("--port", type=int, default=8080, help="0 takes a free one and prints it")
+    serve = commands.add_parser("serve", parents=[common], help="serve (what happens when no command is given)")
+    serve.add_argument("--host", default="", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1 and ::1)")
+    serve.add_argument("--port", type=int, default=8080, help="0 takes a free one and prints it (default: %(default)s)")
     serve.add_argument("--api-key", metavar="KEY", action="append", default=[], help="demand this key (repeatable; or CLIPROXY_API_KEY, comma-separated)")
     serve.add_argument("--allow-host", metavar="NAME", action="append", default=[], help="answer to this Host header too, such as a tunnel's name (repeatable)")
     serve.add_argument("--cors-origin", metavar="ORIGIN", action="append", default=[], help="let web pages of this origin in; * is all (repeatable)")
     serve.add_argument("--strict", action="store_true", help="answer 400 to a parameter that the provider cannot honour, instead of ignoring it")
-    serve.add_argument("--keepalive", metavar="SECONDS", type=float, default=10.0, help="silence after which a stream gets a comment line")
-    serve.add_argument("--max-body-mb", metavar="MB", type=int, default=32, help="largest request body")
-    serve.add_argument("--max-connections", metavar="N", type=int, default=512, help="connections at the same time")
-    serve.add_argument("--drain", metavar="SECONDS", type=float, default=30.0, help="time for running requests after SIGTERM")
+    serve.add_argument("--keepalive", metavar="SECONDS", type=float, default=10.0, help="silence after which a stream gets a comment line (default: %(default)s)")
+    serve.add_argument("--max-body-mb", metavar="MB", type=int, default=32, help="largest request body (default: %(default)s)")
+    serve.add_argument("--max-connections", metavar="N", type=int, default=512, help="connections at the same time (default: %(default)s)")
+    serve.add_argument("--drain", metavar="SECONDS", type=float, default=30.0, help="time for running requests after SIGTERM (default: %(default)s)")
     doctor = commands.add_parser("doctor", parents=[common], help="what is installed, tested, logged in; exit status 0 if all is well")
     doctor.add_argument("provider", nargs="*", help="only these")
     doctor.add_argument("--live", action="store_true", help="one real request to each (uses a little of your quota)")
