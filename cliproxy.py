@@ -3767,6 +3767,11 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
         for listener in listeners:
             listener.shutdown()
             listener.server_close()
+    for name in ("keepalive", "max_body_mb", "max_connections"):
+        if getattr(args, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be more than 0, found {getattr(args, name):g}")
+    if args.drain < 0:
+        raise ConfigError(f"--drain must not be negative, found {args.drain:g}")
         if state.running:
             log(event="stopping", running=state.running, drain_seconds=settings.drain)
         end = time.monotonic() + settings.drain
