@@ -2490,12 +2490,12 @@ def whole_characters(events: Iterator[Event]) -> Iterator[Event]:
 
 
 def stop_at(events: Iterator[Event], stops: Sequence[str]) -> Iterator[Event]:
-    """The same events, ended before the first stop sequence, also one that is split over events. Emulates `stop`."""
+    """The same events, ended before the stop sequence that is complete first, also one that is split over events. Emulates `stop`."""
     held = ""
     for event in events:
         if isinstance(event, Text):
             held += event.text
-            at = min((i for i in (held.find(s) for s in stops) if i >= 0), default=-1)
+            _, at = min(((i + len(s), i) for s in stops for i in [held.find(s)] if i >= 0), default=(0, -1))
             if at >= 0:
                 if held[:at]:
                     yield Text(held[:at])
