@@ -2807,9 +2807,13 @@ class Router:
             item.update(row.get("set", {}))
             for gone in row.get("drop", []):
                 item.pop(gone, None)
-        path = os.path.join(tempfile.mkdtemp(prefix="prepared-", dir=self.spawner.root), name)
-        with open(path, "w", encoding="utf-8") as f:
-            json.dump(data, f)
+        try:
+            path = os.path.join(tempfile.mkdtemp(prefix="prepared-", dir=self.spawner.root), name)
+            with open(path, "w", encoding="utf-8") as f:
+                json.dump(data, f)
+        except OSError as e:
+            self._log(level="warning", event="prepare-failed", provider=provider.name, file=name, why=e.strerror)
+            return None
         return path
 
     def probe(self, provider: Provider, binary: str, args: Sequence[str], seconds: float) -> Tuple[Optional[int], str, str]:
@@ -3761,7 +3765,7 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
             t.start()
         base = f"http://{'localhost' if listeners[0].is_loopback else settings.host}:{ports[0]}/v1"
         print(f"cliproxy {VERSION} on {base}   (OPENAI_BASE_URL={base})", file=sys.stderr, flush=True)
-        threading.Thread(target=_greet, args=(state.router,), name="look", daemon=True).start()
+        threading.Thread(target=_greet, args=(state,), name="look", daemon=True).start()
         _wait_for_signal(signals, spawner)
         state.stopping.set()
         for listener in listeners:
@@ -3782,14 +3786,16 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
         spawner.close()
 
 
-def _greet(router: Router) -> None:
+def _greet(state: State) -> None:
     """Say what was found, one provider at a time, while the server is answering already."""
-    say = lambda line: print(line, file=sys.stderr, flush=True)     # noqa: E731
-    for provider in router.providers.values():
-        look_at(router, provider, say)
+    def say(line: str) -> None:
+        if not state.stopping.is_set():     # what was found then is only that no process can be started any more
+            print(line, file=sys.stderr, flush=True)
+    for provider in state.router.providers.values():
+        look_at(state.router, provider, say)
         binary = provider.binary(os.environ)
         if binary:
-            router.prepared(provider, binary)
+            state.router.prepared(provider, binary)
 
 
 def _wait_for_signal(signals: queue.SimpleQueue, spawner: Spawner) -> None:
