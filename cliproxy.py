@@ -3150,6 +3150,7 @@ DIALECTS = {"/chat/completions": ChatCompletions()}
 # frames, so a client that reads slowly slows its CLI down and nothing piles up.
 
 IDLE_SECONDS, HEAD_SECONDS, BODY_SECONDS, WRITE_SECONDS = 120.0, 20.0, 120.0, 120.0     # time-outs for slow and for absent clients
+LINGER_SECONDS = 2.0        # for a client that is still sending what was refused
 COMMIT_AFTER = 30.0         # seconds without an event until a stream gets its 200 and keep-alives; clients give up after 60
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 PATHS = {"/chat/completions": ("POST",), "/models": ("GET",), "/health": ("GET",), "/": ("GET",)}
@@ -3203,12 +3204,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self._reader.deadline = time.monotonic() + IDLE_SECONDS
-        self._expects_continue = self._committed = False
+        self._expects_continue = self._committed = self._body_read = False
         self._began, self._fields = time.monotonic(), {}        # type: Tuple[float, Dict[str, Any]]
         try:
             super().handle_one_request()
         except OSError:                 # reset, broken pipe: the client has gone
             self.close_connection = True
+
+    def finish(self) -> None:
+        """Closed with bytes unread, a connection is reset, and the client may lose our answer. So what it still sends is dropped, for a while."""
+        if self._unread():
+            try:
+                self.connection.shutdown(socket.SHUT_WR)
+                self._reader.deadline = time.monotonic() + LINGER_SECONDS
+                while self.rfile.read1(1 << 16):    # type: ignore[attr-defined]
+                    pass
+            except OSError:
+                pass
+        super().finish()
 
     def parse_request(self) -> bool:
         self._reader.deadline = time.monotonic() + HEAD_SECONDS
@@ -3396,7 +3409,12 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestTimeout("the request took too long to arrive", f"the limit is {BODY_SECONDS:g} s", close=True) from None
         if not chunked and len(data) < int(length):
             raise ClientGone
+        self._body_read = True
         return data
+
+    def _unread(self) -> bool:
+        """Has the request a body that nobody has read? It would be taken for the next request."""
+        return not self._body_read and hasattr(self, "headers") and ("Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0")
 
     def _chunked_body(self, most: int) -> bytes:
         """RFC 9112, section 7.1. Extensions and trailers are read and left aside."""
@@ -3481,6 +3499,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _head(self, status: int, headers: Mapping[str, str]) -> None:
         self._committed = True
+        self.close_connection = self.close_connection or self._unread()
         self.send_response(status)
         origin = self._cors_origin() if hasattr(self, "headers") else None
         always = {"x-request-id": "req_" + uuid.uuid4().hex}
@@ -3498,7 +3517,6 @@ class Handler(BaseHTTPRequestHandler):
         if self._committed:
             self.close_connection = True
             return
-        # A body that was not read would be taken for the next request, so the connection ends.
         self.close_connection = self.close_connection or error.close
         headers = {}
         if error.retry_after is not None:
