@@ -3858,6 +3858,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+    parser.epilog = re.sub(r"(?s).*?\n\n(?:options|optional arguments):\n.*?(?=  --(?!help))", "options of serve:\n", serve.format_help(), count=1) + "\n" + str(parser.epilog)
 def main(argv: Optional[Sequence[str]] = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     commands = ("serve", "doctor", "providers", "_echo")
