@@ -2847,7 +2847,7 @@ IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Fields that would change the answer if a provider obeyed them, and so are reported when it does not; all other unknown
 # fields (user, store, metadata, service_tier, cache keys ...) are taken without a word, as real clients expect.
-REPORTED = ("seed", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "functions",
+REPORTED = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "functions",
             "function_call", "modalities", "audio", "prediction", "verbosity", "web_search_options")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -2902,7 +2902,7 @@ class ChatCompletions:
         params = {
             "temperature": self._typed(body, "temperature", float, int, low=0, high=2), "top_p": self._typed(body, "top_p", float, int, low=0, high=1),
             "max_tokens": self._typed(body, "max_completion_tokens", int, low=1) or self._typed(body, "max_tokens", int, low=1),
-            "n": self._typed(body, "n", int, low=1, high=MAX_CHOICES), "stop": self._stops(body.get("stop")), "effort": effort,
+            "n": self._typed(body, "n", int, low=1, high=MAX_CHOICES), "stop": self._stops(body.get("stop")), "effort": effort, "seed": body.get("seed"),
             "response_format": self._response_format(body.get("response_format"))}
         for name in REPORTED:
             if body.get(name) not in (None, [], {}, False, "auto" if name == "tool_choice" else None):
@@ -3193,14 +3193,14 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True      # without it a frame waits up to 40 ms for the client's delayed ACK
     server: Listener
 
+    def version_string(self) -> str:
+        return self.server_version
+
     def setup(self) -> None:
         super().setup()
         self.rfile.close()
         self._reader = TimedReader(self.connection)
         self.rfile = io.BufferedReader(self._reader, 1 << 16)   # type: ignore[assignment]
-    def version_string(self) -> str:
-        return self.server_version
-
 
     def handle_one_request(self) -> None:
         self._reader.deadline = time.monotonic() + IDLE_SECONDS
@@ -3254,9 +3254,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_OPTIONS(self) -> None:
         self._guarded(self._options)
-
-    def version_string(self) -> str:
-        return self.server_version
 
     def do_PUT(self) -> None:
         self._guarded(self._get)
@@ -3323,8 +3320,8 @@ class Handler(BaseHTTPRequestHandler):
         return origin if origin and ("*" in allowed or origin in allowed) else None
 
     def _options(self, path: str) -> None:
-        methods = PATHS.get(path.split("/models/")[0] or "/models")
-        if methods is None:
+        methods = _methods(path)
+        if not methods:
             raise NotFound(f"there is no {self.path.partition('?')[0]} here")
         headers = {"Allow": ", ".join([*methods, "HEAD", "OPTIONS"])}
         if self._cors_origin() and self.headers.get("Access-Control-Request-Method"):
@@ -3350,8 +3347,8 @@ class Handler(BaseHTTPRequestHandler):
         self._refuse_method(path)
 
     def _refuse_method(self, path: str) -> None:
-        if path in PATHS:
-            raise MethodNotAllowed(f"{self.command} is not allowed here", f"{path} takes {' and '.join(PATHS[path])}", close=True)
+        if _methods(path):
+            raise MethodNotAllowed(f"{self.command} is not allowed here", f"{path} takes {' and '.join(_methods(path))}", close=True)
         raise NotFound(f"there is no {self.path.partition('?')[0]} here", "this proxy serves POST /v1/chat/completions and GET /v1/models",
                        "set the client to the chat completions API, and its base URL to http://HOST:PORT/v1", close=self.command not in ("GET", "HEAD"))
 
@@ -3526,7 +3523,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(error, Unauthorized):
             headers["WWW-Authenticate"] = "Bearer"
         if isinstance(error, MethodNotAllowed):
-            headers["Allow"] = ", ".join(PATHS.get(self._path(), ()))
+            headers["Allow"] = ", ".join(_methods(self._path()))
         self._send_json(error.status, ChatCompletions.error(error), headers)
 
     def _start_stream(self, answers: Sequence[Answer]) -> None:
@@ -3546,6 +3543,11 @@ class Handler(BaseHTTPRequestHandler):
 def _chain(early: Iterable[Tuple[int, Event]], rest: Iterator[Tuple[int, Event]]) -> Iterator[Tuple[int, Event]]:
     yield from early
     yield from rest
+
+
+def _methods(path: str) -> Tuple[str, ...]:
+    """What a path takes; nothing if there is no such path. A model's name may have slashes of its own."""
+    return PATHS.get("/models" if path.startswith("/models/") else path, ())
 
 
 def _host_name(host: str) -> str:
@@ -3762,6 +3764,11 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise ConfigError(f"--host {args.host} lets other machines in, so it needs a key: add --api-key KEY, or set CLIPROXY_API_KEY")
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port must be between 0 and 65535, found {args.port}")
+    for name in ("keepalive", "max_body_mb", "max_connections"):
+        if getattr(args, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be more than 0, found {getattr(args, name):g}")
+    if args.drain < 0:
+        raise ConfigError(f"--drain must not be negative, found {args.drain:g}")
     return Settings(host=args.host, port=args.port, keys=keys, allow_hosts=tuple(args.allow_host), cors_origins=tuple(args.cors_origin), strict=args.strict,
                     keepalive=args.keepalive, max_body=args.max_body_mb << 20, max_connections=args.max_connections, drain=args.drain)
 
@@ -3789,11 +3796,6 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
         for listener in listeners:
             listener.shutdown()
             listener.server_close()
-    for name in ("keepalive", "max_body_mb", "max_connections"):
-        if getattr(args, name) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be more than 0, found {getattr(args, name):g}")
-    if args.drain < 0:
-        raise ConfigError(f"--drain must not be negative, found {args.drain:g}")
         if state.running:
             log(event="stopping", running=state.running, drain_seconds=settings.drain)
         end = time.monotonic() + settings.drain
@@ -3853,12 +3855,12 @@ def argument_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--live", action="store_true", help="one real request to each (uses a little of your quota)")
     listing = commands.add_parser("providers", parents=[common], help="print the merged providers as JSON")
     listing.add_argument("--builtin", action="store_true", help="print providers.json as this script carries it")
+    parser.epilog = re.sub(r"(?s).*?\n\n(?:options|optional arguments):\n.*?(?=  --(?!help))", "options of serve:\n", serve.format_help(), count=1) + "\n" + str(parser.epilog)
     echo = commands.add_parser("_echo")
     echo.add_argument("--json", action="store_true")
     return parser
 
 
-    parser.epilog = re.sub(r"(?s).*?\n\n(?:options|optional arguments):\n.*?(?=  --(?!help))", "options of serve:\n", serve.format_help(), count=1) + "\n" + str(parser.epilog)
 def main(argv: Optional[Sequence[str]] = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     commands = ("serve", "doctor", "providers", "_echo")
