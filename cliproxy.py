@@ -738,6 +738,9 @@ BUILTIN_PROVIDERS = r'''{
           "QWEN_DEBUG_LOG_FILE": "1"
         }
       },
+      "found": {
+        "model_providers": {"file": "~/.qwen/settings.json", "json": "modelProviders"}
+      },
       "links": {
         "home/settings.json": "~/.qwen/settings.json",
         "home/oauth_creds.json": "~/.qwen/oauth_creds.json",
@@ -746,8 +749,9 @@ BUILTIN_PROVIDERS = r'''{
       "files": {
         "work/.qwen/output-language.md": "",
         "system.md": "{system|}",
-        "settings.json": {"json": {
+        "settings.json": {"spread": {"what": "model.generationConfig", "over": "modelProviders.openai"}, "json": {
           "$version": 4,
+          "modelProviders": "{found:model_providers}",
           "general": {"enableAutoUpdate": false, "chatRecording": false},
           "privacy": {"usageStatisticsEnabled": false}, "telemetry": {"enabled": false},
           "memory": {"enableManagedAutoMemory": false, "enableManagedAutoDream": false, "enableAutoSkill": false},
@@ -897,7 +901,7 @@ _PROVIDER = {
     "version?": {"argv": [str], "match": _regex, "tested?": [str]},
     "logged_in?": [{"argv?": [str], "exit?": int, "env?": [str], "file?": str, "match?": _regex}],
     "models": {"default": str, "names?": [str], "aliases?": {"*": str}, "also?": str},
-    "env?": _ENV, "found?": {"*": {"file": str, "match": _regex, "all?": bool}},
+    "env?": _ENV, "found?": {"*": {"file": str, "match?": _regex, "all?": bool, "json?": str}},
     "derive?": {"*": {"from": str, "map": {"*": _template}, "models?": _regex}},
     "links?": {"*": str}, "files?": {"*": _template}, "args?": _launch_args,
     "prepare?": {"*": {"argv": [str], "each?": str, "set?": {"*": _template}, "drop?": [str]}},
@@ -2083,6 +2087,17 @@ def fill_lines(spec: Mapping[str, Any], variables: Variables) -> Any:
     return "".join(json.dumps(line) + "\n" for line in lines) or MISSING
 
 
+def spread(value: Any, what: str = "", over: str = "") -> Any:
+    """`value` with what stands at the path `what` laid over the same key of every item of the list at the path `over`.
+
+    For qwen, which takes no settings of ours for a model that the person's settings define, unless they are in that definition."""
+    items, path = dig(value, over.split(".")), what.split(".")
+    for item in items if isinstance(items, list) else ():
+        if isinstance(item, dict):
+            item[path[-1]] = merged(item.get(path[-1]), dig(value, path))
+    return value
+
+
 @dataclass(frozen=True)
 class Launch:
     """Everything needed to start a child."""
@@ -2138,7 +2153,7 @@ def make_launch(turn: Turn, strategy: Strategy, binary: str, place: str, variabl
         if isinstance(spec, dict) and "lines" in spec:
             content = fill_lines(spec, variables)
         elif isinstance(spec, dict):
-            content = fill(spec["json"], lookup)
+            content = spread(fill(spec["json"], lookup), **spec.get("spread", {}))
             content = content if content is MISSING else json.dumps(content)
         else:
             content = fill(spec, lookup)
@@ -2764,16 +2779,17 @@ class Router:
         return f"{os.path.realpath(binary)}:{at.st_mtime_ns}:{at.st_size}"
 
     def _outside(self, provider: Provider) -> Dict[str, Any]:
-        """What the provider's `found` rules find in the person's own settings: names only, never a secret."""
+        """What the provider's `found` rules find in the person's own settings: names and definitions of models, never a secret."""
         out: Dict[str, Any] = {}
         for name, row in provider.row.get("found", {}).items():
             path = os.path.expanduser(fill(row["file"], lambda n, arg: os.environ.get(arg) or MISSING))
             try:
                 with open(path, encoding="utf-8", errors="replace") as f:
-                    found = re.findall(row["match"], f.read())
-            except OSError:
+                    text = f.read()
+                found = [dig(json.loads(text), row["json"].split("."))] if "json" in row else re.findall(row.get("match", ""), text)
+            except (OSError, ValueError):
                 continue
-            if found:
+            if found and found[0] is not None:
                 out["found:" + name] = found if row.get("all") else found[0]
         return out
 
