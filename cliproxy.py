@@ -3220,7 +3220,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self._reader.deadline = time.monotonic() + IDLE_SECONDS
-        self._expects_continue = self._committed = self._body_read = False
+        self._expects_continue = self._committed = False
+        self._unread = False            # is there a body that nobody has read? It would be taken for the next request
         self._began, self._fields = time.monotonic(), {}        # type: Tuple[float, Dict[str, Any]]
         try:
             super().handle_one_request()
@@ -3229,7 +3230,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Closed with bytes unread, a connection is reset, and the client may lose our answer. So what it still sends is dropped, for a while."""
-        if self._unread():
+        if self._unread:
             try:
                 self.connection.shutdown(socket.SHUT_WR)
                 self._reader.deadline = time.monotonic() + LINGER_SECONDS
@@ -3242,7 +3243,9 @@ class Handler(BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         self._reader.deadline = time.monotonic() + HEAD_SECONDS
         self._began = time.monotonic()
-        return super().parse_request()
+        parsed = super().parse_request()
+        self._unread = parsed and ("Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0")
+        return parsed
 
     def handle_expect_100(self) -> bool:
         self._expects_continue = True   # sent when the body is read, so that a refused request never sends its body
@@ -3422,12 +3425,8 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestTimeout("the request took too long to arrive", f"the limit is {BODY_SECONDS:g} s", close=True) from None
         if not chunked and len(data) < int(length):
             raise ClientGone
-        self._body_read = True
+        self._unread = False
         return data
-
-    def _unread(self) -> bool:
-        """Has the request a body that nobody has read? It would be taken for the next request."""
-        return not self._body_read and hasattr(self, "headers") and ("Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0")
 
     def _chunked_body(self, most: int) -> bytes:
         """RFC 9112, section 7.1. Extensions and trailers are read and left aside."""
@@ -3512,7 +3511,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _head(self, status: int, headers: Mapping[str, str]) -> None:
         self._committed = True
-        self.close_connection = self.close_connection or self._unread()
+        self.close_connection = self.close_connection or self._unread
         self.send_response(status)
         origin = self._cors_origin() if hasattr(self, "headers") else None
         always = {"x-request-id": "req_" + uuid.uuid4().hex}
