@@ -298,6 +298,7 @@ import glob
 import hashlib
 import http.client
 import importlib.util
+import pathlib
 import random
 import re
 import shutil
@@ -318,6 +319,7 @@ from cliproxy import CallPart, Done, ImagePart, Message, Request, ResultPart, Te
 pytestmark = pytest.mark.filterwarnings("error")
 SCRIPT = os.path.join(HERE, "cliproxy.py")
 CLIS = ("claude", "gemini", "codex", "qwen")
+BUILTIN_NAMES = (*CLIS, "echo")
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 LIMIT = 20.0            # seconds until a wait for something that must happen is a failure
 HANG = 90               # seconds until a test is told to hang
@@ -456,14 +458,14 @@ def read_answer(f, method="GET"):
     if method == "HEAD" or status in (b"204", b"100"):
         return Answered(int(status), headers, b"")
     if headers["Transfer-Encoding"] == "chunked":
-        body = b""
+        body = []
         while True:
             size = int(f.readline(), 16)
             piece = f.read(size + 2)
             assert piece[size:] == b"\r\n"
             if size == 0:
-                return Answered(int(status), headers, body)
-            body += piece[:size]
+                return Answered(int(status), headers, b"".join(body))
+            body.append(piece[:size])
     return Answered(int(status), headers, f.read(int(headers["Content-Length"])) if headers["Content-Length"] else f.read())
 
 
@@ -485,37 +487,26 @@ def only(driver, kind, **more):
     return {"strategies": [{**s, **more} for s in one_shot(kind)["strategies"] if s["driver"] == driver]}
 
 
-class Proxy:
-    """cliproxy.py, running in a process of its own with fake CLIs on its PATH and a home of its own."""
+class Machine:
+    """A folder with fake CLIs on its PATH and a home of its own. `scripts` are what the CLIs play from the start."""
 
-    def __init__(self, folder, clis=CLIS, flags=(), env=None, providers=None, python=sys.executable, tune=None):
+    def __init__(self, folder, clis=CLIS, env=None, providers=None, scripts=None):
         self.folder, self.home = str(folder), os.path.join(str(folder), "home")
         for name in ("bin", "home", "tmp", "play"):
             os.makedirs(os.path.join(self.folder, name), exist_ok=True)
         with open(__file__, encoding="utf-8") as f, open(os.path.join(self.folder, "fake.py"), "w", encoding="utf-8") as fake:
             fake.write(f.read().partition("# === Getting pytest")[0])
         providers = {**{name: one_shot(name) for name in CLIS}, **(providers or {})}
-        for name in [*clis, *(n for n in providers if n not in CLIS)]:
+        self.names = [*BUILTIN_NAMES, *(name for name in providers if name not in BUILTIN_NAMES)]
+        for name in [*clis, *self.names[len(BUILTIN_NAMES):]]:
             self.install(name)
-        path = os.path.join(self.folder, "providers.json")
-        with open(path, "w") as f:
+        for name, script in (scripts or {}).items():
+            self.play(name, **script)
+        self.providers = os.path.join(self.folder, "providers.json")
+        with open(self.providers, "w") as f:
             json.dump({"providers": providers}, f)
-        self.last = [*CLIS, "echo", *providers][-1] if set(providers) - set(CLIS) else "echo"
         self.env = {"PATH": os.path.join(self.folder, "bin") + ":/usr/bin:/bin", "HOME": self.home, "LANG": "C.UTF-8", "GEMINI_API_KEY": "g", "OPENAI_API_KEY": "o",
                     "TMPDIR": os.path.join(self.folder, "tmp"), "PYTHONDEVMODE": "1", "SECRET_OF_OURS": "do not pass on", **(env or {})}
-        command = [SCRIPT] if tune is None else ["-c", f"import sys; sys.path.insert(0, {HERE!r}); sys.dont_write_bytecode = True\nimport cliproxy\n"
-                                                       + "".join(f"cliproxy.{k} = {v!r}\n" for k, v in tune.items()) + "sys.exit(cliproxy.main())"]
-        self.log_path = os.path.join(self.folder, "log")
-        with open(self.log_path, "w") as log:
-            self.process = subprocess.Popen([python, "-W", "error", *command, "--port", "0", "--providers", path, *flags], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self.pid = self.process.pid
-        self.port = int(eventually("the proxy prints its address", self._address))
-
-    def _address(self):
-        if self.process.poll() is not None:
-            pytest.fail("the proxy ended: " + self.log())
-        m = re.search(r"http://[^ ]+?:(\d+)/v1", self.log())
-        return m and m.group(1)
 
     def install(self, name):
         path = os.path.join(self.folder, "bin", name)
@@ -523,6 +514,9 @@ class Proxy:
             f.write(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{self.folder}/fake.py" _play {name} "{self.folder}/play" "$@"\n')
         os.chmod(path + ".new", 0o755)
         os.replace(path + ".new", path)
+
+    def remove(self, name):
+        os.unlink(os.path.join(self.folder, "bin", name))
 
     def play(self, name, *steps, **more):
         """From now on the CLI `name` does these steps."""
@@ -551,6 +545,33 @@ class Proxy:
     def given(self, name, number=0):
         """What a CLI that was told to reveal itself was given."""
         return json.loads(self.read(f"{name}.given.{number}"))
+
+    def doctor(self, *args):
+        """`cliproxy.py doctor`, to its end."""
+        ended = subprocess.run([sys.executable, "-W", "error", SCRIPT, "doctor", "--providers", self.providers, *args], env=self.env, capture_output=True, text=True, timeout=60)
+        assert os.listdir(self.env["TMPDIR"]) == [] and "Traceback" not in ended.stderr, ended.stderr
+        return ended
+
+
+class Proxy(Machine):
+    """cliproxy.py on a Machine, running in a process of its own. `tune` sets constants of the script, such as its time-outs."""
+
+    def __init__(self, folder, flags=(), tune=None, **machine):
+        super().__init__(folder, **machine)
+        command = [SCRIPT] if tune is None else ["-c", f"import sys; sys.path.insert(0, {HERE!r}); sys.dont_write_bytecode = True\nimport cliproxy\n"
+                                                       + "".join(f"cliproxy.{k} = {v!r}\n" for k, v in tune.items()) + "sys.exit(cliproxy.main())"]
+        self.log_path = os.path.join(self.folder, "log")
+        with open(self.log_path, "w") as log:
+            self.process = subprocess.Popen([sys.executable, "-W", "error", *command, "--port", "0", "--providers", self.providers, *flags], env=self.env,
+                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.pid = self.process.pid
+        self.port = int(eventually("the proxy prints its address", self._address))
+
+    def _address(self):
+        if self.process.poll() is not None:
+            pytest.fail("the proxy ended: " + self.log())
+        m = re.search(r"http://[^ ]+?:(\d+)/v1", self.log())
+        return m and m.group(1)
 
     def log(self):
         with open(self.log_path) as f:
@@ -610,7 +631,7 @@ class Proxy:
 
     def settled(self):
         """Wait until start-up has looked at every CLI and none runs any more."""
-        eventually("start-up has looked at all CLIs", lambda: f"\n  {self.last} " in self.log())
+        eventually("start-up has looked at all CLIs", lambda: f"\n  {self.names[-1]} " in self.log())
         eventually("no CLI is left", lambda: not self.running())
         return self
 
@@ -671,35 +692,58 @@ VARIANTS = {
 }
 
 
+class Shared:
+    """One proxy for all the tests that change no setting; another one after a test that it did not survive."""
+
+    def __init__(self, factory):
+        self.factory, self.proxy = factory, None
+
+    def start(self):
+        folder = self.factory.mktemp("shared")
+        for name in (".codex/auth.json", ".codex/config.toml", ".gemini/oauth_creds.json", ".qwen/settings.json"):
+            path = folder / "home" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}" if name.endswith("json") else "")
+        self.home = sorted((p, p.stat().st_mtime_ns) for p in (folder / "home").rglob("*"))
+        self.proxy = Proxy(folder, providers=VARIANTS, env={"ANTHROPIC_API_KEY": "a"}).settled()
+        SHARED.add(self.proxy.pid)
+        assert self.proxy.ask("claude").text == "".join(HELLO)      # so that every thread that stays is there
+        self.rest = self.proxy.settled().holds()
+
+    def stop(self):
+        proxy, self.proxy = self.proxy, None
+        SHARED.discard(proxy.pid)
+        assert proxy.stop() == 0
+        assert sorted((p, p.stat().st_mtime_ns) for p in pathlib.Path(proxy.home).rglob("*")) == self.home, "the home of the person was written to"
+        assert "Traceback" not in proxy.log(), proxy.log()
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """One proxy for all the tests that change no setting."""
-    folder = tmp_path_factory.mktemp("shared")
-    for name in (".codex/auth.json", ".codex/config.toml", ".gemini/oauth_creds.json", ".qwen/settings.json"):
-        path = folder / "home" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}" if name.endswith("json") else "")
-    proxy = Proxy(folder, providers=VARIANTS, env={"ANTHROPIC_API_KEY": "a"}).settled()
-    SHARED.add(proxy.pid)
-    home = sorted((p, p.stat().st_mtime_ns) for p in (folder / "home").rglob("*"))
-    assert proxy.ask("claude").text == "".join(HELLO)       # so that codex' catalog is made and every thread that stays is there
-    proxy.rest = proxy.settled().holds()
-    yield proxy
-    assert proxy.stop() == 0
-    SHARED.discard(proxy.pid)
-    assert sorted((p, p.stat().st_mtime_ns) for p in (folder / "home").rglob("*")) == home
-    assert "Traceback" not in proxy.log(), proxy.log()
+    box = Shared(tmp_path_factory)
+    yield box
+    if box.proxy:
+        box.stop()
 
 
 @pytest.fixture
 def proxy(shared):
     """The shared proxy without any script; afterwards no CLI, thread, descriptor or place of it may be left."""
-    for path in glob.glob(shared.path("*")):
+    if shared.proxy is None:
+        shared.start()
+    proxy = shared.proxy
+    for path in glob.glob(proxy.path("*")):
         os.unlink(path)
-    yield shared
-    eventually("no CLI is left", lambda: not shared.running())
-    eventually("no place is left", lambda: not shared.places())
-    eventually(f"threads and descriptors are {shared.rest} again", lambda: shared.holds() == shared.rest)
+    yield proxy
+    try:
+        eventually("no CLI is left", lambda: not proxy.running())
+        eventually("no place is left", lambda: not proxy.places())
+        eventually(f"threads and descriptors are {shared.rest} again", lambda: proxy.holds() == shared.rest)
+    except BaseException:
+        shared.proxy = None
+        proxy.process.kill()
+        proxy.process.wait(LIMIT)
+        raise
 
 
 def run(*args, python=(), script=SCRIPT, **env):
@@ -1362,19 +1406,17 @@ def test_terminal_output_is_what_a_person_would_see_however_it_is_split(name, da
 
 
 def test_every_split_in_two_gives_the_same_lines():
-    data = b"".join(t[1] for t in TERMINAL if t[0] not in ("an unfinished sequence", "cut unicode at the end"))
-    whole = shown(data)
-    for i in range(len(data)):
-        text = cliproxy.TerminalText()
-        assert [*text.feed(data[:i]), *text.feed(data[i:]), *text.end().split("\n")] == whole, i
+    for name, data, lines in TERMINAL:
+        for i in range(len(data)):
+            text = cliproxy.TerminalText()
+            assert [*text.feed(data[:i]), *text.feed(data[i:]), *text.end().split("\n")] == lines, (name, i)
 
 
-@pytest.mark.parametrize("size", SPLITS)
-def test_an_escape_sequence_beyond_all_measure_is_text_however_it_is_split(size):
-    most = cliproxy.MAX_ESCAPE
-    fits, too_long = (b"\x1b]" + b"x" * (n - 3) + b"\x07" for n in (most, most + 1))
-    assert shown(b"a" + fits + b"b", size) == ["ab"]
-    assert shown(b"a" + too_long + b"b", size) == ["a]" + "x" * (most - 2) + "b"]
+def test_an_escape_sequence_beyond_all_measure_is_text_however_it_is_split(monkeypatch):
+    monkeypatch.setattr(cliproxy, "MAX_ESCAPE", 100)
+    for size in SPLITS:
+        assert shown(b"a\x1b]" + b"x" * 97 + b"\x07b", size) == ["ab"]
+        assert shown(b"a\x1b]" + b"x" * 98 + b"\x07b", size) == ["a]" + "x" * 98 + "b"]
 
 
 # === Processes =======================================================================================================
@@ -1691,8 +1733,8 @@ def test_a_file_of_lines_is_written_message_by_message():
 
 def test_a_file_of_lines_can_depend_on_a_value():
     spec = {"if": "history", "lines": [{"a": 1}, {"for": "history:responses", "each": {"payload": "{item}"}}]}
-    assert cliproxy.fill_lines(spec, variables_of("claude", [user("c")])) is cliproxy.MISSING
-    lines = cliproxy.fill_lines(spec, variables_of("claude", [user("a"), user("c")])).splitlines()
+    assert cliproxy.fill_lines(spec, variables_of("codex", [user("c")])) is cliproxy.MISSING
+    lines = cliproxy.fill_lines(spec, variables_of("codex", [user("a"), user("c")])).splitlines()
     assert [json.loads(line) for line in lines] == [{"a": 1}, {"payload": {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]}}]
 
 
@@ -1771,7 +1813,7 @@ def test_gemini_gets_its_history_as_a_session_and_a_command_is_no_command(tmp_pa
     assert [(t["type"], t["content"][1:]) for t in turns] == [("user", [{"text": "/help"}]), ("gemini", []), ("user", [{"text": "/"}])]
     assert turns[1]["content"] == [{"text": "b"}] and turns[2]["content"][0] == thought
     settings = json.loads(files["home/.gemini/settings.json"])
-    config = settings["modelConfigs"]["customAliases"]["cliproxy"]["modelConfig"]["generateContentConfig"]
+    config = settings["modelConfigs"]["customAliases"]["gemini-2.5-flash"]["modelConfig"]["generateContentConfig"]
     assert config == {"temperature": 0, "stopSequences": ["END"], "responseMimeType": "application/json", "thinkingConfig": {"thinkingBudget": 2048}}
     assert settings["tools"]["core"] == ["mcp_*"] and launch.env["GEMINI_CLI_HOME"] == launch.place + "/home"
 
@@ -2168,3 +2210,1171 @@ def test_plain_text_of_a_cli_that_fails_is_no_answer_unless_it_was_streamed():
     assert [type(e).__name__ for e in replay("claude", Replay(b"half an answer\n", "", 1), "text")] == ["Crashed"]
     events = replay("gemini", Replay(b"half\nan answer", "", 1), "text")
     assert events[0] == Text("half") and isinstance(events[-1], cliproxy.Crashed)
+
+
+# === Router ==========================================================================================================
+
+
+def texts(*pieces_of_text):
+    return [Text(t) for t in pieces_of_text]
+
+
+def joined(events):
+    events = list(events)
+    return "".join(e.text for e in events if isinstance(e, Text)), [e for e in events if not isinstance(e, Text)]
+
+
+@pytest.mark.parametrize("events, whole", [
+    (texts("a", "b"), texts("a", "b")), (texts("\ud83d", "\ude00"), texts("😀")), (texts("a\ud83d", "\ude00b"), texts("a", "😀b")), (texts("\ud83d\ude00"), texts("😀")),
+    (texts("a\ude00"), texts("a\ufffd")), (texts("\ud83d", "a"), texts("\ufffda")), (texts("é", "日本"), texts("é", "日本")), (texts("a", ""), texts("a")),
+    ([Thinking("\ud83d"), Thinking("\ude00")], [Thinking("😀")]), ([Usage(1), Done("stop")], [Usage(1), Done("stop")])])
+def test_a_character_that_was_cut_in_two_is_put_together(events, whole):
+    assert list(cliproxy.whole_characters(iter(events))) == whole
+
+
+@pytest.mark.parametrize("text, stops, answer, ended", [
+    ("one two three", ["two"], "one ", True), ("one two three", ["four"], "one two three", False), ("one two", ["two", "one"], "", True), ("abcabd", ["abd"], "abc", True),
+    ("aaab", ["aab"], "a", True), ("ab", ["abc"], "ab", False), ("xabc", ["bcd", "abcd"], "xabc", False), ("END", ["END"], "", True), ("one\n\nUser: two", ["\n\nUser:", "\nUser"], "one\n", True), ("one\n\nUser: two", ["\n\nUser", "\nUser"], "one", True),
+    ("日本語", ["本"], "日", True), ("", ["x"], "", False), ("ababab", ["abc", "babc"], "ababab", False)])
+def test_an_answer_ends_before_a_stop_sequence_however_it_is_split(text, stops, answer, ended):
+    for size in SPLITS:
+        events = [*texts(*(p for p in pieces(text, size) if p)), Usage(1, 2), Done("length")]
+        assert joined(cliproxy.stop_at(iter(events), stops)) == (answer, [Done("stop")] if ended else [Usage(1, 2), Done("length")]), size
+
+
+def test_text_that_cannot_become_a_stop_sequence_is_not_held_back():
+    events = cliproxy.stop_at(iter(texts("one t", "ime")), ["two"])
+    assert next(events) == Text("one ") and next(events) == Text("time")
+
+
+@pytest.mark.parametrize("text, most, answer, ended", [
+    ("abcdefgh", 2, "abcdefgh", False), ("abcdefghi", 2, "abcdefgh", True), ("abc", 1, "abc", False), ("ééé", 1, "éé", True), ("a日本", 1, "a日", True), ("😀😀", 1, "😀", True), ("", 1, "", False)])
+def test_an_answer_is_cut_after_so_many_tokens_and_never_inside_a_character(text, most, answer, ended):
+    for size in SPLITS:
+        events = [*texts(*(p for p in pieces(text, size) if p)), Done("stop")]
+        assert joined(cliproxy.limit_tokens(iter(events), most)) == (answer, [Done("length" if ended else "stop")]), size
+
+
+def test_thinking_does_not_count_as_answer():
+    events = [Thinking("x" * 100), Text("abcd"), Done("stop")]
+    assert list(cliproxy.limit_tokens(iter(events), 1)) == events
+    assert list(cliproxy.stop_at(iter([Thinking("stop"), Text("a"), Done("stop")]), ["stop"])) == [Thinking("stop"), Text("a"), Done("stop")]
+
+
+@pytest.fixture
+def router(tmp_path, monkeypatch):
+    """A Router that runs nothing, on a PATH with all CLIs but qwen."""
+    for name in ("claude", "gemini", "codex"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return cliproxy.Router(PROVIDERS, None)
+
+
+@pytest.mark.parametrize("model, provider, name", [
+    ("claude", "claude", ""), ("echo", "echo", ""), ("sonnet", "claude", "sonnet"), ("claude-haiku-4-5", "claude", "claude-haiku-4-5-20251001"), ("claude-new-9", "claude", "claude-new-9"),
+    ("claude/opus", "claude", "opus"), ("claude/any thing", "claude", "any thing"), ("gemini/flash", "gemini", "gemini-2.5-flash"), ("flash", "gemini", "gemini-2.5-flash"),
+    ("gemini-9-ultra", "gemini", "gemini-9-ultra"), ("gpt-5.5", "codex", "gpt-5.5"), ("gpt-99", "codex", "gpt-99"), ("codex/a/b", "codex", "a/b")])
+def test_a_model_name_leads_to_a_provider(router, model, provider, name):
+    found, its_name = router.resolve(model)
+    assert (found.name, its_name) == (provider, name)
+
+
+@pytest.mark.parametrize("model", ["nothing", "Claude", "", "other/opus", "/", "llama3"])
+def test_an_unknown_model_is_an_error_that_lists_the_known_ones(router, model):
+    with pytest.raises(cliproxy.ModelNotFound) as e:
+        router.resolve(model)
+    assert e.value.message.startswith(f"the model `{model}` does not exist here: this proxy can serve claude, sonnet, ") and e.value.param == "model"
+    assert e.value.message.endswith("Use one of these, or provider/model, such as claude/opus")
+
+
+@pytest.mark.parametrize("model", ["qwen", "qwen/x", "coder", "qwen3-coder-plus", "qwen-new"])
+def test_a_model_whose_cli_is_missing_is_an_error_that_says_how_to_install_it(router, model):
+    with pytest.raises(cliproxy.ModelNotFound) as e:
+        router.resolve(model)
+    assert e.value.message == ("qwen is not installed on this machine: there is no `qwen` on the PATH. Install it: npm install -g @qwen-code/qwen-code; "
+                               'then run "qwen auth", or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL')
+
+
+def until(s, words):
+    """What has come on a socket when these bytes are in it."""
+    got = b""
+    while words not in got:
+        piece = s.recv(65536)
+        assert piece, got
+        got += piece
+    return got
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_every_cli_answers_whole_with_its_own_count_of_tokens(proxy, name):
+    answered = proxy.ask(name)
+    body = answered.json
+    assert answered.text == "".join(HELLO) and body["object"] == "chat.completion" and body["model"] == name and body["id"].startswith("chatcmpl-")
+    assert body["choices"] == [{"index": 0, "message": {"role": "assistant", "content": "".join(HELLO), "refusal": None}, "logprobs": None, "finish_reason": "stop"}]
+    assert body["usage"] == {"prompt_tokens": 72, "completion_tokens": 6, "total_tokens": 78, "prompt_tokens_details": {"cached_tokens": 10}, "completion_tokens_details": {"reasoning_tokens": 0}}
+    assert answered.headers["x-cliproxy-provider"] == name and answered.headers["x-cliproxy-strategy"] == "jsonl" and "x-cliproxy-params" not in answered.headers
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_every_cli_answers_as_a_stream(proxy, name):
+    frames = proxy.ask(name, stream=True, stream_options={"include_usage": True}).frames
+    assert said(frames, usage=True) == [("".join(HELLO), "", "stop")]
+    assert [f["choices"][0]["delta"]["content"] for f in frames[1:-3]] == (["".join(HELLO)] if name == "codex" else HELLO)
+    assert frames[-2]["usage"]["prompt_tokens"] == 72 and frames[-2]["usage"]["completion_tokens"] == 6
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_every_cli_answers_in_plain_text_on_a_terminal(proxy, name):
+    proxy.play(name + "-text", reveal=True, text=[["bytes", b"\x1b[1mone\x1b[0m \xf0\x9f\x98\x80\r\n\r\ntwo\r\n".hex()]])
+    assert proxy.ask(name + "-text").text == "one 😀\n\ntwo"
+    given = proxy.given(name + "-text")
+    assert given["tty"] == [1] and given["size"] == [200, 32000] and given["raw"] is True
+
+
+@pytest.mark.parametrize("name", ["gemini", "qwen"])
+def test_plain_text_is_streamed_line_by_line(proxy, name):
+    proxy.play(name + "-text", text=[["say", ["one\n"]], ["wait", "go"], ["say", ["two"]], ["end"]])
+    with proxy.started(name + "-text") as s:
+        assert b'"content":"one"' in until(s, b"one")
+        proxy.touch("go")
+        assert b'"content":"\\ntwo"' in until(s, b"[DONE]")
+
+
+def test_text_that_a_cli_draws_for_a_person_is_cut_to_the_answer(proxy):
+    drawn = (b"OpenAI Codex v0.169.0\r\n--------\r\n\x1b[1mmodel:\x1b[0m gpt-5.5\r\n--------\r\n\x1b[36muser\x1b[0m\r\nHi\r\n\x1b[35m\x1b[3mcodex\x1b[0m\x1b[0m\r\nw1 w2\r\n"
+             b"\x1b[2mtokens used\x1b[0m\r\n25\r\n")
+    proxy.play("codex-tty", text=[["bytes", drawn.hex()]])
+    assert proxy.ask("codex-tty").text == "w1 w2"
+
+
+@pytest.mark.parametrize("name", ["claude", "codex", "qwen"])
+def test_thinking_is_reasoning_content_and_no_part_of_the_answer(proxy, name):
+    proxy.play(name, ["begin"], ["think", ["let ", "me"]], ["say", ["yes"]], ["end"])
+    message = proxy.ask(name).json["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "yes", "refusal": None, "reasoning_content": "let me"}
+    assert said(proxy.ask(name, stream=True).frames) == [("yes", "let me", "stop")]
+
+
+def test_a_model_name_reaches_the_cli(proxy):
+    for model, argument in (("claude", "sonnet"), ("opus", "opus"), ("claude/haiku", "haiku"), ("claude-new-9", "claude-new-9")):
+        for path in glob.glob(proxy.path("*")):
+            os.unlink(path)
+        proxy.play("claude", reveal=True)
+        answered = proxy.ask(model)
+        argv = proxy.given("claude")["argv"]
+        assert argv[argv.index("--model") + 1] == argument and answered.json["model"] == model and answered.headers["x-cliproxy-model"] == argument
+
+
+LONG = "prompt-that-nobody-else-may-see @/etc/hostname \x1b[1m\x00 é😀\u2028 ${HOME} `id` "
+
+
+@pytest.mark.parametrize("name", [*CLIS, "claude-text", "qwen-text", "gemini-text", "codex-text"])
+def test_a_cli_is_a_model_in_an_empty_private_place_with_an_allow_listed_environment(proxy, name):
+    proxy.play(name, reveal=True)
+    conversation = [{"role": "system", "content": "SYSTEM-" + LONG}, {"role": "user", "content": "ONE-" + LONG}, {"role": "assistant", "content": "TWO-" + LONG}, {"role": "user", "content": LONG}]
+    assert proxy.ask(name, conversation).text == "".join(HELLO)
+    given, kind = proxy.given(name), name.partition("-")[0]
+    assert not any("nobody-else" in word for word in [*given["argv"], *given["env"].values()])
+    everything = given["stdin"] + "".join(text + json.dumps(text) for text in given["files"].values()).replace("\\\\", "\\")
+    assert all(words in everything for words in ("SYSTEM-prompt-that", "ONE-prompt-that", "TWO-prompt-that"))
+    row = PROVIDERS[kind].row["env"]
+    patterns = [*row["pass"], *row["set"], "PWD", "OLDPWD", "SHLVL", "_"]      # the last four are the fake's shell
+    assert all(any(cliproxy.fnmatch.fnmatchcase(n, p) for p in patterns) for n in given["env"]) and "SECRET_OF_OURS" not in given["env"]
+    assert given["env"]["TERM"] == ("xterm-256color" if kind == "gemini" else "dumb") and given["env"]["NO_COLOR"] == "1"
+    assert given["in_cwd"] == ([".qwen"] if kind == "qwen" else []) and given["mode"] == 0o700 and given["session_leader"]
+    assert given["env"]["TMPDIR"] == os.path.dirname(given["cwd"]) + "/tmp" and given["tty"] == ([1] if name.endswith("text") else [])
+    eventually("the place is gone", lambda: not os.path.exists(os.path.dirname(given["cwd"])))
+
+
+@pytest.mark.parametrize("name, links", [("codex", {"home/auth.json": ".codex/auth.json", "home/config.toml": ".codex/config.toml"}),
+                                         ("gemini", {"home/.gemini/oauth_creds.json": ".gemini/oauth_creds.json"}), ("qwen", {"home/settings.json": ".qwen/settings.json"}), ("claude", {})])
+def test_a_login_is_a_link_to_where_the_cli_keeps_it(proxy, name, links):
+    proxy.play(name, reveal=True)
+    assert proxy.ask(name).status == 200
+    assert proxy.given(name)["links"] == {link: os.path.join(proxy.home, target) for link, target in links.items()}
+
+
+@pytest.mark.parametrize("name", ["claude", "gemini", "codex", "qwen", "claude-text", "qwen-text"])
+def test_a_prompt_of_a_megabyte_arrives(proxy, name):
+    proxy.play(name, reveal=True)
+    text = "".join(f"line {i} é😀\n" for i in range(60000))
+    assert len(text.encode()) > 1 << 20 and proxy.ask(name, text).status == 200
+    stdin = proxy.given(name)["stdin"]
+    assert (json.loads(stdin)["message"]["content"][0]["text"] if name == "claude" else stdin) == text
+
+
+def test_codex_reads_a_model_catalog_without_instructions_and_tools(proxy):
+    proxy.play("codex", reveal=True)
+    proxy.ask("codex")
+    path = next(re.fullmatch(r'model_catalog_json="(.*)"', word).group(1) for word in proxy.given("codex")["argv"] if word.startswith("model_catalog_json"))
+    with open(path) as f:
+        model = json.load(f)["models"][0]
+    assert model["slug"] == "gpt-5.5" and model["tool_mode"] is None and model["base_instructions"] == "" and "model_messages" not in model
+
+
+def test_codex_is_used_as_the_person_has_set_it_up(serve, tmp_path):
+    config = tmp_path / "0" / "home" / ".codex" / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text('model = "mine-1"\nmodel_provider = "azure"\n[mcp_servers.files]\ncommand = "x"\n[model_providers.azure]\nname = "A"\n[profiles.p]\nmodel = "other"\n')
+    proxy = serve(scripts={"codex": {"reveal": True, "probes": {"debug models --bundled": ["no such command", 1]}}})
+    assert proxy.ask("codex").headers["x-cliproxy-model"] == "mine-1"
+    argv = proxy.given("codex")["argv"]
+    assert argv[argv.index("-m") + 1] == "mine-1" and {"mcp_servers.files.enabled=false", "model_providers.azure.request_max_retries=0"} <= set(argv)
+    assert not any(word.startswith(("model_catalog_json", "model_provider=")) for word in argv)
+    assert re.search(r'level=warning event=prepare-failed provider=codex file=catalog.json why="no such command"', proxy.log())
+
+
+def test_a_stop_sequence_is_native_or_emulated_and_the_answer_says_which(proxy):
+    proxy.play("claude", reveal=True)
+    answered = proxy.ask("claude", stop="END", temperature=0.5, seed=7, user="me")
+    assert answered.headers["x-cliproxy-params"] == "temperature=native, stop=native, seed=ignored"
+    assert json.loads(proxy.given("claude")["env"]["CLAUDE_CODE_EXTRA_BODY"]) == {"temperature": 0.5, "stop_sequences": ["END"]}
+    answered = proxy.ask("codex", stop=["ow "], temperature=0.5)
+    assert (answered.text, answered.headers["x-cliproxy-params"]) == ("Hello there, h", "temperature=ignored, stop=emulated, usage=estimated")
+
+
+def test_a_stop_sequence_over_two_chunks_ends_the_cli_as_well(proxy):
+    proxy.play("codex-tty", text=[["say", ["codex\none\ntwo\n"]], ["say", ["three\nfour\n"]], ["wait", "never"]])
+    answered = proxy.ask("codex-tty", stream=True, stop=["o\nth", "x"], stream_options={"include_usage": True})
+    assert said(answered.frames, usage=True) == [("one\ntw", "", "stop")] and answered.headers["x-cliproxy-params"] == "stop=emulated"
+    assert answered.frames[-2]["usage"]["completion_tokens"] == 2          # by four bytes a token, because the CLI was not asked any more
+    eventually("the CLI is ended", lambda: not proxy.running())
+
+
+def test_a_limit_of_tokens_is_emulated_by_cutting(proxy):
+    proxy.play("codex-tty", text=[["say", ["codex\n0123456789\n"]], ["wait", "never"]])
+    answered = proxy.ask("codex-tty", max_tokens=2)
+    assert (answered.text, answered.json["choices"][0]["finish_reason"], answered.headers["x-cliproxy-params"]) == ("01234567", "length", "max_tokens=emulated, usage=estimated")
+
+
+@pytest.mark.parametrize("most, finish", [(6, "length"), (7, "stop")])
+def test_a_cli_that_does_not_tell_length_from_stop_is_told_by_the_count(proxy, most, finish):
+    assert [proxy.ask(name, max_completion_tokens=most).json["choices"][0]["finish_reason"] for name in ("gemini", "qwen")] == [finish, finish]
+
+
+@pytest.mark.parametrize("reason, finish", [("max_tokens", "length"), ("refusal", "content_filter"), ("stop_sequence", "stop")])
+def test_a_cli_is_not_left_to_go_on_by_itself(proxy, reason, finish):
+    proxy.play("claude", ["begin"], ["say", ["some"]], ["end", reason], *([["wait", "never"]] if finish != "stop" else []))
+    assert said(proxy.ask("claude", stream=True).frames) == [("some", "", finish)]
+
+
+def test_several_choices_are_several_turns(proxy):
+    proxy.play("claude", runs=[[["begin"], ["say", [word + " ", "too"]], ["end"]] for word in ("one", "two", "three")])
+    body = proxy.ask("claude", n=3).json
+    assert sorted(c["message"]["content"] for c in body["choices"]) == ["one too", "three too", "two too"] and [c["index"] for c in body["choices"]] == [0, 1, 2]
+    assert body["usage"]["completion_tokens"] == 18 and proxy.runs("claude") == 3
+
+
+def test_several_choices_are_streamed_at_once(proxy):
+    proxy.play("claude", runs=[[["begin"], ["say", [word]], ["wait", "both"], ["end"]] for word in ("one", "two")])
+    with proxy.started("claude", n=2, stream_options={"include_usage": True}) as s, s.makefile("rb") as f:
+        head = until(s, b"one")
+        eventually("both have begun", lambda: proxy.runs("claude") == 2)
+        proxy.touch("both")
+        data = head + until(s, b"[DONE]\n\n\r\n0\r\n\r\n") if b"[DONE]" not in head else head
+        assert f is not None
+    frames = frames_of(b"".join(re.findall(rb"data: .*?\n\n", data, re.S)))
+    assert sorted(said(frames, usage=True, choices=2)) == [("one", "", "stop"), ("two", "", "stop")]
+
+
+def test_one_choice_that_fails_ends_them_all(proxy):
+    proxy.play("claude", runs=[[["begin"], ["wait", "never"]], [["begin"], ["fail", "API Error: 529 busy", 529], ["exit", 1]]])
+    assert proxy.ask("claude", n=2).error == (503, "server_error", "overloaded", None)
+
+
+def test_a_full_provider_lets_requests_wait_in_line(proxy):
+    proxy.play("claude-single", ["begin"], ["wait", "go"], ["say", ["done"]], ["end"])
+    with proxy.started("claude-single") as first, proxy.started("claude-single") as second:
+        eventually("one runs", lambda: proxy.runs("claude-single") == 1)
+        assert len(proxy.running()) == 1
+        proxy.touch("go")
+        assert b"done" in until(first, b"[DONE]") and b"done" in until(second, b"[DONE]")
+    assert proxy.runs("claude-single") == 2
+
+
+def test_a_request_that_waits_too_long_is_told_to_come_back(proxy):
+    proxy.play("claude-hurried", ["begin"], ["say", ["w"]], ["wait", "go"], ["end"])
+    with proxy.started("claude-hurried") as first:
+        until(first, b'"w"')
+        answered = proxy.ask("claude-hurried")
+        assert answered.error == (429, "rate_limit_error", "rate_limit_exceeded", None) and answered.retry == ("true", "5")
+        proxy.touch("go")
+        until(first, b"[DONE]")
+
+
+def test_a_waiting_client_that_leaves_gives_its_place_up(proxy):
+    proxy.play("claude-single", ["begin"], ["say", ["w"]], ["wait", "go"], ["end"])
+    with proxy.started("claude-single") as first:
+        until(first, b'"w"')
+        gone = len(proxy.lines("status=499"))
+        proxy.started("claude-single").close()
+        eventually("the one who left is noticed", lambda: len(proxy.lines("status=499")) == gone + 1)
+        proxy.touch("go")
+        until(first, b"[DONE]")
+    assert proxy.runs("claude-single") == 1 and proxy.ask("claude-single").text == "w"
+
+
+@pytest.mark.parametrize("stage, steps", [("start", [["wait", "never"]]), ("first", [["begin"], ["wait", "never"]]), ("total", [["begin"], ["words", 100000, 0.01]])])
+def test_each_time_out_before_the_end_is_a_504_that_names_it(proxy, stage, steps):
+    proxy.play("claude-" + stage, *steps)
+    answered = proxy.ask("claude-" + stage)
+    assert answered.error == (504, "server_error", "provider_timeout", None) and answered.retry == ("false", None)
+    assert answered.message.startswith(f"no answer within the {stage} time-out of ")
+
+
+def test_a_cli_that_falls_silent_ends_the_stream_with_an_error(proxy):
+    proxy.play("claude-idle", ["begin"], ["say", ["w"]], ["wait", "never"])
+    frames = proxy.ask("claude-idle", stream=True).frames
+    assert frames[-1]["error"]["code"] == "provider_timeout" and frames[-1]["error"]["message"].startswith("no answer within the idle time-out of 0.3 s")
+    assert frames[-2]["choices"][0]["delta"] == {"content": "w"}
+
+
+def test_a_cli_whose_events_were_renamed_still_answers_by_text_and_the_log_says_so_once(proxy):
+    proxy.play("claude-changed", ["line", {"type": "chunk", "words": "SECRET WORDS"}], ["line", {"type": "over"}], text=[["say", ["by text"]], ["end"]])
+    before = len(proxy.lines("event=step-down"))
+    for started in (2, 3, 4):                   # the broken way is tried once only
+        answered = proxy.ask("claude-changed")
+        assert (answered.text, answered.headers["x-cliproxy-strategy"], proxy.runs("claude-changed")) == ("by text", "text", started)
+    lines = proxy.lines("event=step-down")[before:]
+    assert len(lines) == 1 and "level=warning event=step-down provider=claude-changed strategy=jsonl " in lines[0] and "SECRET" not in lines[0]
+    proxy.play("claude-changed", ["begin"], ["say", ["by lines"]], ["end"], text=[["say", ["by text"]], ["end"]])
+    proxy.install("claude-changed")             # an update of the CLI: the best way is tried again
+    answered = proxy.ask("claude-changed")
+    assert (answered.text, answered.headers["x-cliproxy-strategy"]) == ("by lines", "jsonl")
+
+
+def test_a_cli_that_no_strategy_understands_is_an_error(proxy):
+    proxy.play("claude-changed", ["line", {"type": "over"}], text=[["exit", 0]])
+    proxy.install("claude-changed")
+    answered = proxy.ask("claude-changed")
+    assert answered.error == (502, "server_error", "provider_crashed", None)
+    proxy.play("claude-changed", ["begin"], ["say", ["w"]], ["line", {"type": "over"}], ["exit", 0])
+    proxy.install("claude-changed")
+    frames = proxy.ask("claude-changed", stream=True).frames
+    assert frames[-1]["error"]["message"].startswith("claude-changed ") and frames[-1]["error"]["code"] == "provider_crashed"
+    proxy.install("claude-changed")
+
+
+def test_a_parameter_that_the_service_refuses_is_left_out_from_then_on(proxy):
+    refused = [["begin"], ["fail", "API Error: 400 temperature is deprecated for this model", 400], ["exit", 1]]
+    proxy.play("claude-params", runs=[refused, DEFAULT_SCRIPT["steps"]], reveal=True)
+    answered = proxy.ask("claude-params", temperature=1, top_p=0.5)
+    assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-params"] == "temperature=ignored, top_p=native"
+    assert [json.loads(proxy.given("claude-params", i)["env"]["CLAUDE_CODE_EXTRA_BODY"]) for i in (0, 1)] == [{"temperature": 1, "top_p": 0.5}, {"top_p": 0.5}]
+    assert len(proxy.lines("event=parameter-refused provider=claude-params")) == 1
+    answered = proxy.ask("claude-params", temperature=1)
+    assert answered.headers["x-cliproxy-params"] == "temperature=ignored" and proxy.runs("claude-params") == 3
+
+
+def test_qwen_fails_as_soon_as_its_log_tells_of_the_first_retry(proxy):
+    log = ("2026-11-22T23:35:59.108Z [ERROR] [OPENAI_ERROR] OpenAI API Error: 429 scripted 429\n"
+           "2026-11-22T23:35:59.109Z [WARN] [RETRY] Attempt 1 failed with status 429. Retrying with backoff... Error: 429 scripted 429\n")
+    proxy.play("qwen", ["begin"], ["write", "run/debug/e6.txt", log], ["wait", "never"])
+    answered = proxy.ask("qwen")
+    assert answered.error == (429, "rate_limit_error", "rate_limit_exceeded", None) and "429 scripted 429" in answered.message
+
+
+FAILS = [       # what each CLI does on its way to an error, and how the answer looks: (status, type, code, param), (x-should-retry, retry-after)
+    ("claude", [["begin"], ["fail", "Not logged in · Please run /login", None], ["exit", 1]], (401, "authentication_error", "not_logged_in", None), ("false", None)),
+    ("claude", [["begin"], ["fail", "API Error: Request rejected (429) · slow down", 429], ["exit", 1]], (429, "rate_limit_error", "rate_limit_exceeded", None), ("true", None)),
+    ("claude", [["begin"], ["fail", "Prompt is too long", 400], ["exit", 1]], (400, "invalid_request_error", "context_length_exceeded", "messages"), ("false", None)),
+    ("claude", [["begin"], ["fail", "There's an issue with the selected model (x).", 404], ["exit", 1]], (404, "invalid_request_error", "model_not_found", "model"), (None, None)),
+    ("claude", [["begin"], ["fail", "API Error: 500 x", 500], ["exit", 1]], (500, "server_error", "provider_server_error", None), ("true", None)),
+    ("claude", [["kill", 9]], (502, "server_error", "provider_crashed", None), ("true", None)),
+    ("gemini", [["begin"], ["fail", "[API Error: You exceeded your current quota.\nSuggested retry after 34s.]"], ["exit", 173]], (429, "rate_limit_error", "rate_limit_exceeded", None), ("true", "34")),
+    ("gemini", [["begin"], ["fail", "[API Error: You have exhausted your capacity on this model. Your quota will reset after 3h20m5s.]"], ["exit", 173]],
+     (429, "insufficient_quota", "insufficient_quota", None), ("false", "12005")),
+    ("gemini", [["begin"], ["fail", "[API Error: The model is overloaded. Please try again later.]"], ["exit", 247]], (503, "server_error", "overloaded", None), ("true", None)),
+    ("gemini", [["err", "Please set an Auth method in your settings.json\n"], ["exit", 41]], (401, "authentication_error", "not_logged_in", None), ("false", None)),
+    ("codex", [["begin"], ["fail", "unexpected status 401 Unauthorized: x, url: y"], ["exit", 1]], (401, "authentication_error", "provider_authentication_failed", None), ("false", None)),
+    ("codex", [["begin"], ["fail", "Connection failed: error sending request"], ["exit", 1]], (502, "server_error", "provider_unreachable", None), ("true", None)),
+    ("codex", [["begin"], ["fail", "Quota exceeded. Check your plan and billing details."], ["exit", 1]], (402, "insufficient_quota", "insufficient_quota", None), ("false", None)),
+    ("qwen", [["begin"], ["fail", "403 no"], ["exit", 0]], (403, "permission_error", "provider_permission_denied", None), ("false", None)),
+    ("qwen", [["exit", 7]], (502, "server_error", "provider_crashed", None), ("true", None)),
+]
+
+
+@pytest.mark.parametrize("name, steps, error, retry", FAILS, ids=[f"{f[0]}-{f[2][2]}" for f in FAILS])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_before_the_first_word_has_its_own_status_also_for_a_stream(proxy, name, steps, error, retry, stream):
+    proxy.play(name, *steps)
+    answered = proxy.ask(name, stream=stream)
+    assert answered.error == error and answered.retry == retry and answered.headers["Content-Type"] == "application/json"
+    assert proxy.runs(name) == 1
+
+
+def test_a_quota_that_resets_soon_may_be_tried_again(proxy):
+    proxy.play("claude", ["begin"], ["fail", "You've hit your session limit", 429, time.time() + 60], ["exit", 1])
+    answered = proxy.ask("claude")
+    assert answered.error[2] == "insufficient_quota" and answered.retry[0] == "true" and 0 < int(answered.retry[1]) <= 60
+
+
+MID = [
+    ("claude", [["begin"], ["say", ["w1 "]], ["fail", "API Error: Connection to the API was lost (ECONNRESET).", None], ["exit", 1]], "provider_unreachable"),
+    ("claude", [["begin"], ["say", ["w1 "]], ["fail", "API Error: Overloaded", None], ["exit", 1]], "overloaded"), ("claude", [["begin"], ["say", ["w1 "]], ["kill", 9]], "provider_crashed"),
+    ("gemini", [["begin"], ["say", ["w1 "]], ["fail", "[API Error: terminated]"], ["exit", 1]], "provider_unreachable"), ("gemini", [["begin"], ["say", ["w1 "]], ["exit", 0]], "provider_crashed"),
+    ("codex", [["begin"], ["say", ["w1 "]], ["fail", "stream disconnected before completion: x"], ["exit", 1]], "provider_unreachable"),
+    ("qwen", [["begin"], ["say", ["w1 "]], ["fail", "terminated (cause: other side closed)"]], "provider_unreachable"), ("qwen-text", [["say", ["w1 \n"]], ["exit", 3]], "provider_crashed"),
+]
+
+
+@pytest.mark.parametrize("name, steps, code", MID, ids=[f"{m[0]}-{m[2]}" for m in MID])
+def test_a_failure_after_the_first_word_ends_the_stream_with_an_error_and_nothing_else(proxy, name, steps, code):
+    proxy.play(name, *steps)
+    answered = proxy.ask(name, stream=True, stream_options={"include_usage": True})
+    frames = answered.frames
+    assert answered.status == 200 and frames[-1]["error"]["code"] == code and set(frames[-1]["error"]) == {"message", "type", "param", "code"}
+    assert [f["choices"][0]["delta"] for f in frames[:-1]] == [{"role": "assistant", "content": ""}, {"content": "w1 "}]
+    assert all(f["choices"][0]["finish_reason"] is None for f in frames[:-1])
+
+
+@pytest.mark.parametrize("name, steps, code", MID, ids=[f"{m[0]}-{m[2]}" for m in MID])
+def test_half_an_answer_is_no_answer_when_it_is_not_streamed(proxy, name, steps, code):
+    proxy.play(name, *steps)
+    assert proxy.ask(name).error[2] == code
+
+
+def test_a_killed_cli_is_named_with_its_signal(proxy):
+    proxy.play("claude", ["begin"], ["touch", "up"], ["wait", "never"])
+    with proxy.started("claude", stream=False) as s, s.makefile("rb") as f:
+        eventually("the CLI is up", lambda: proxy.exists("up"))
+        os.kill(proxy.running()[0], signal.SIGKILL)
+        answered = read_answer(f)
+    assert answered.error[:3] == (502, "server_error", "provider_crashed")
+    assert answered.message == "claude was killed by signal 9 (SIGKILL) before its answer was complete. Try again, or use another model"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("words", [[], [["say", ["w1 "]]]])
+@pytest.mark.parametrize("name", ["claude", "gemini-text"])
+def test_a_client_that_leaves_ends_its_cli(proxy, name, words, stream):
+    proxy.play(name, ["begin"], *words, ["touch", "up"], ["wait", "never"])
+    gone = len(proxy.lines("status=499"))
+    with proxy.started(name, stream=stream):
+        eventually("the CLI is up", lambda: proxy.exists("up"))
+        assert len(proxy.running()) == 1
+    eventually("the CLI is ended", lambda: not proxy.running())
+    eventually("the log says 499", lambda: len(proxy.lines("status=499")) == gone + 1)
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_cli(proxy):
+    proxy.play("claude", ["begin"], ["words", 100000, 0.01])
+    with proxy.started("claude") as s:
+        until(s, b"w5 ")
+    eventually("the CLI is ended", lambda: not proxy.running())
+
+
+def test_a_client_that_leaves_one_of_several_choices_ends_them_all(proxy):
+    proxy.play("claude", ["begin"], ["words", 100000, 0.01])
+    with proxy.started("claude", n=3) as s:
+        until(s, b"w5 ")
+        eventually("all run", lambda: len(proxy.running()) == 3)
+    eventually("all are ended", lambda: not proxy.running())
+
+
+def test_a_cli_that_ignores_the_end_is_killed_with_all_it_started(proxy):
+    proxy.play("claude", ["deaf"], ["grandchild", "pid"], ["begin"], ["touch", "up"], ["wait", "never"])
+    with proxy.started("claude"):
+        eventually("the CLI is up", lambda: proxy.exists("up"))
+        grandchild = int(proxy.read("pid"))
+        assert alive(grandchild)
+    eventually("nothing of it is left", lambda: not proxy.running() and not alive(grandchild))
+
+
+def test_a_client_that_reads_slowly_slows_its_cli_down(proxy):
+    proxy.play("claude", ["begin"], ["words", 4000, 0, 1000], ["end"])          # about 20 MB, and nothing in between may keep them
+    with proxy.connect() as s, s.makefile("rb") as f:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        s.sendall(as_http({"model": "claude", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}))
+        counts = [-2, -1]
+
+        def stands_still():
+            counts.append(int(proxy.read("claude.said") or 0) if proxy.exists("claude.said") else -1 - len(counts))
+            return counts[-1] == counts[-20:][0] and len(counts) > 20
+        eventually("the CLI stands still", stands_still)
+        assert 0 < counts[-1] < 4000
+        frames = read_answer(f).frames
+    assert said(frames)[0][0] == "".join(f"w{i} " * 1000 for i in range(4000))
+
+
+# === Dialects ========================================================================================================
+
+PARSE = cliproxy.ChatCompletions().parse
+HI = [{"role": "user", "content": "Hi"}]
+IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}", "detail": "low"}}
+
+
+@pytest.mark.parametrize("message, parsed", [
+    ({"role": "user", "content": "Hi"}, user("Hi")), ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]}, user("a", "b")),
+    ({"role": "user", "content": ["a", "b"]}, user("a", "b")), ({"role": "user", "content": [{"type": "input_text", "text": "a"}]}, user("a")), ({"role": "user", "content": []}, user()),
+    ({"role": "user", "content": None}, user()), ({"role": "user"}, user()), ({"role": "user", "content": ""}, user()), ({"role": "user", "content": "a\ud800b"}, user("a\ufffdb")),
+    ({"role": "user", "content": "  \n"}, user("  \n")), ({"role": "user", "content": "Hi", "name": "bob", "unknown": 1}, Message("user", (TextPart("Hi"),), "bob")),
+    ({"role": "user", "content": [IMAGE, {"type": "text", "text": "?"}]}, Message("user", (ImagePart("image/png", PIXEL), TextPart("?")))),
+    ({"role": "user", "content": [{"type": "input_image", "image_url": f"data:image/jpg;base64,{PIXEL}"}]}, Message("user", (ImagePart("image/jpeg", PIXEL),))),
+    ({"role": "system", "content": "S"}, Message("system", (TextPart("S"),))), ({"role": "developer", "content": [{"type": "text", "text": "S"}]}, Message("system", (TextPart("S"),))),
+    ({"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}]}, Message("assistant", (CallPart("c1", "f", '{"a":1}'),))),
+    ({"role": "assistant", "content": "x", "tool_calls": []}, Message("assistant", (TextPart("x"),))), ({"role": "assistant", "refusal": "no", "content": [{"type": "refusal", "refusal": "no"}]},
+                                                                                                           Message("assistant", (TextPart("no"),))),
+    ({"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}, Message("assistant", (CallPart("f", "f", "{}"),))),
+    ({"role": "assistant", "content": "x", "reasoning_content": "hm"}, Message("assistant", (TextPart("x"),))),
+    ({"role": "tool", "tool_call_id": "c1", "content": "r"}, Message("tool", (ResultPart("c1", "", "r"),))),
+    ({"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "r"}]}, Message("tool", (ResultPart("c1", "", "r"),))),
+    ({"role": "function", "name": "f", "content": "r"}, Message("tool", (ResultPart("f", "f", "r"),))),
+])
+def test_a_message_is_taken_as_clients_write_it(message, parsed):
+    assert PARSE({"model": "m", "messages": [message, *HI]}, "").messages == (parsed, user("Hi"))
+
+
+@pytest.mark.parametrize("fields, params", [
+    ({}, {}), ({"temperature": 0}, {"temperature": 0}), ({"top_p": 0.5, "temperature": None}, {"top_p": 0.5}), ({"max_tokens": 5}, {"max_tokens": 5}), ({"max_completion_tokens": 6}, {"max_tokens": 6}),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 6}), ({"stop": "a"}, {"stop": ["a"]}), ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}), ({"stop": []}, {}), ({"n": 2}, {"n": 2}),
+    ({"reasoning_effort": "low"}, {"effort": "low"}), ({"reasoning": {"effort": "high", "summary": "auto"}}, {"effort": "high"}), ({"response_format": {"type": "text"}}, {}),
+    ({"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}}), ({"seed": 0}, {"seed": 0}), ({"presence_penalty": 0.5, "frequency_penalty": -1}, {"presence_penalty": 0.5, "frequency_penalty": -1}),
+    ({"tools": [], "tool_choice": "auto", "functions": [], "parallel_tool_calls": False, "logprobs": False, "logit_bias": {}}, {}), ({"tools": [{"type": "function"}]}, {"tools": [{"type": "function"}]}),
+    ({"user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "flex", "prompt_cache_key": "k", "stream_options": None, "made_up": [1]}, {}),
+])
+def test_a_parameter_is_taken_or_left_aside_without_an_error(fields, params):
+    assert PARSE({"model": "m", "messages": HI, **fields}, "").params == params
+
+
+def test_the_fields_that_are_not_parameters():
+    request = PARSE({"model": "m", "messages": HI, "stream": True, "stream_options": {"include_usage": True}}, "k1")
+    assert (request.model, request.stream, request.stream_usage, request.key_id) == ("m", True, True, "k1")
+    request = PARSE({"model": "m", "messages": HI, "stream": None}, "")
+    assert (request.stream, request.stream_usage) == (False, False)
+
+
+def test_a_responses_body_on_the_chat_route_is_understood():
+    request = PARSE({"model": "m", "instructions": "S", "max_output_tokens": 9, "reasoning": {"effort": "low"}, "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}, "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": f"data:image/png;base64,{PIXEL}"}]},
+        {"type": "reasoning", "summary": []}, {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}, {"type": "function_call_output", "call_id": "c1", "output": {"a": 1}},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]}, {"type": "message", "role": "developer", "content": "D"}, {"role": "user", "content": "c"}]}, "")
+    assert request.messages == (Message("system", (TextPart("S"),)), Message("user", (TextPart("a"), ImagePart("image/png", PIXEL))), Message("assistant", (CallPart("c1", "f", "{}"),)),
+                                Message("tool", (ResultPart("c1", "", '{"a": 1}'),)), Message("assistant", (TextPart("b"),)), Message("system", (TextPart("D"),)), user("c"))
+    assert request.params["max_tokens"] == 9 and request.params["effort"] == "low" and request.params["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    assert PARSE({"model": "m", "input": "Hi"}, "").messages == (user("Hi"),)
+
+
+BAD = [     # what is wrong with the body: (body, or fields laid over a good one, the field that is named, code, the start of the message)
+    ([], None, "invalid_value", "the body must be a JSON object: it is a list"), ("x", None, "invalid_value", "the body must be a JSON object: it is a string"), (None, None, "invalid_value", "the body must be a JSON object: it is null"),
+    ({"model": None}, "model", "missing_required_parameter", "you must provide a model"), ({"model": ""}, "model", "missing_required_parameter", "you must provide a model"), ({"model": 5}, "model", "invalid_type", "`model` must be a string: found 5"),
+    ({"model": "x" * 201}, "model", "invalid_value", "`model` is not a name"), ({"model": "a\nb"}, "model", "invalid_value", "`model` is not a name"),
+    ({"messages": None}, "messages", "missing_required_parameter", "`messages` must be a list with at least one message: found null"), ({"messages": []}, "messages", "invalid_type", "`messages` must be a list with at least one message: found []"),
+    ({"messages": "Hi"}, "messages", "invalid_type", "`messages` must be a list"), ({"messages": ["Hi"]}, "messages[0]", "invalid_type", '`messages[0]` must be an object with a role: found "Hi"'),
+    ({"messages": [{"content": "Hi"}]}, "messages[0]", "invalid_type", "`messages[0]` must be an object with a role"), ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "invalid_value", "`messages[0].role` must be system,"),
+    ({"messages": [{"role": "system", "content": "x"}]}, "messages", "invalid_value", "there is nothing to answer"), ({"messages": [*HI, {"role": "user", "content": 5}]}, "messages[1].content", "invalid_type", "`messages[1].content` must be a string or a list of parts: found 5"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "invalid_type", "`messages[0].content[0].text` must be a string"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "messages[0].content[0].type", "unsupported_value", '`messages[0].content[0].type` "input_audio" is not supported'),
+    ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content[0].type", "unsupported_value", "`messages[0].content[0].type` null is not supported"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}]}, "messages[0].content[0].image_url", "invalid_image_url", "`messages[0].content[0].image_url` must be a data: URL in base64"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url", "invalid_image_url", "`messages[0].content[0].image_url` must be a data: URL"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:image/svg+xml;base64,AAAA"}]}]}, "messages[0].content[0].image_url", "invalid_image_format", "`messages[0].content[0].image_url` is of type image/svg+xml"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:image/png;base64,!"}]}]}, "messages[0].content[0].image_url", "invalid_base64", "`messages[0].content[0].image_url` is not valid base64"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, *HI]}, "messages[0].tool_calls[0]", "invalid_value", "`messages[0].tool_calls[0].function` must have a name and JSON arguments"),
+    ({"messages": [{"role": "assistant", "tool_calls": [5]}, *HI]}, "messages[0].tool_calls[0]", "invalid_value", "`messages[0].tool_calls[0].function` must have"),
+    ({"temperature": 2.5}, "temperature", "decimal_above_max_value", "`temperature` must be between 0 and 2: found 2.5"), ({"temperature": "hot"}, "temperature", "invalid_type", '`temperature` must be a number: found "hot"'),
+    ({"temperature": True}, "temperature", "invalid_type", "`temperature` must be a number: found true"), ({"top_p": -1}, "top_p", "integer_below_min_value", "`top_p` must be between 0 and 1: found -1"),
+    ({"max_tokens": 0}, "max_tokens", "integer_below_min_value", "`max_tokens` must be at least 1: found 0"), ({"max_completion_tokens": 1.5}, "max_completion_tokens", "invalid_type", "`max_completion_tokens` must be a whole number: found 1.5"),
+    ({"n": 0}, "n", "integer_below_min_value", "`n` must be between 1 and 8: found 0"), ({"n": 9}, "n", "decimal_above_max_value", "`n` must be between 1 and 8: found 9"),
+    ({"stop": ""}, "stop", "invalid_value", "`stop` must be a string or a list"), ({"stop": [1]}, "stop", "invalid_value", "`stop` must be a string or a list"), ({"stop": ["x"] * 17}, "stop", "invalid_value", "`stop` must be a string or a list of up to 16 strings"),
+    ({"reasoning_effort": "huge"}, "reasoning_effort", "invalid_value", "`reasoning_effort` must be one of none, minimal, low"), ({"response_format": "json"}, "response_format", "invalid_value", "`response_format.type` must be text,"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "invalid_value", "`response_format.json_schema.schema` must be an object"),
+    ({"tool_choice": "required"}, "tool_choice", "invalid_value", "`tool_choice` asks for a call but there are no `tools`"), ({"tool_choice": {"type": "function"}}, "tool_choice", "invalid_value", "`tool_choice` asks for a call"),
+]
+
+
+@pytest.mark.parametrize("body, param, code, words", BAD, ids=[f"{i}-{b[1]}" for i, b in enumerate(BAD)])
+def test_a_body_that_is_wrong_is_refused_with_the_name_of_the_field(body, param, code, words):
+    with pytest.raises(cliproxy.BadRequest) as e:
+        PARSE({"model": "m", "messages": HI, **body} if isinstance(body, dict) else body, "")
+    assert (e.value.param, e.value.code) == (param, code) and e.value.message.startswith(words)
+    assert wire(e.value)[:2] == (400, "invalid_request_error")
+
+
+def test_a_refused_body_is_an_error_object(proxy):
+    answered = proxy.ask("claude", temperature=3)
+    assert answered.error == (400, "invalid_request_error", "decimal_above_max_value", "temperature") and proxy.runs("claude") == 0
+    assert answered.json == {"error": {"message": "`temperature` must be between 0 and 2: found 3", "type": "invalid_request_error", "param": "temperature", "code": "decimal_above_max_value"}}
+
+
+@pytest.mark.parametrize("name, where", [("claude", "stdin"), ("gemini", "history.jsonl"), ("codex", "home/sessions"), ("qwen", "settings.json")])
+def test_an_image_reaches_a_cli_that_can_take_it(proxy, name, where):
+    proxy.play(name, reveal=True)
+    assert proxy.ask(name, [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What is it?"}]}]).status == 200
+    given = proxy.given(name)
+    assert PIXEL in (given["stdin"] if where == "stdin" else "".join(text for path, text in given["files"].items() if path.startswith(where)))
+
+
+@pytest.mark.parametrize("name", ["echo", "claude-text"])
+def test_an_image_for_a_cli_that_cannot_take_it_is_refused_in_words(proxy, name):
+    answered = proxy.ask(name, [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, IMAGE]}])
+    assert answered.error == (400, "invalid_request_error", "invalid_value", "messages")
+    assert answered.message == f"{name} cannot take images: its CLI has no way in for them here. Send text only, or use another model"
+
+
+def test_echo_says_the_last_words_back(proxy):
+    text = "  one\ttwo\n\nthree é😀 \x1b[1m \x00 end "
+    assert proxy.ask("echo", text).text == text
+    frames = proxy.ask("echo", "a b", stream=True, stream_options={"include_usage": True}).frames
+    assert said(frames, usage=True) == [("a b", "", "stop")] and frames[-2]["usage"]["completion_tokens"] == 2
+
+
+def test_characters_of_every_kind_arrive_as_they_were_sent(proxy):
+    text = "".join(chr(c) for c in [*range(1, 0x300), 0x2028, 0x202e, 0xfeff, 0xfffd, 0x1f600, 0x1f469, 0x200d, 0x10ffff]) + "\r\n\t<|end|> data: [DONE]\n\n"
+    proxy.play("claude", ["begin"], ["say", [text]], ["end"], reveal=True)
+    assert proxy.ask("claude", text).text == text
+    assert json.loads(proxy.given("claude")["stdin"])["message"]["content"][0]["text"] == text
+    assert said(proxy.ask("claude", text, stream=True).frames) == [(text, "", "stop")]
+
+
+def test_characters_that_were_cut_in_two_by_the_cli_are_whole_for_the_client(proxy):
+    data = jsonl(*lines_of("claude", ["begin"], ["say", ["\ud83d", "\ude00 ok"]], ["end"]))
+    assert rb"\ud83d" in data
+    half = data.index(b"ok") + 1
+    proxy.play("claude", ["bytes", data[:half].hex()], ["bytes", data[half:].hex()])
+    assert said(proxy.ask("claude", stream=True).frames) == [("😀 ok", "", "stop")]
+
+
+# === Server ==========================================================================================================
+
+
+def test_models_are_what_can_be_served_now_and_no_process_is_started_for_the_list(serve):
+    proxy = serve(clis=("claude",)).settled()
+    with open(os.path.join(proxy.folder, "bin", "claude"), "w") as f:
+        f.write(f"#!/bin/sh\necho started >>'{proxy.path('started')}'\n")
+    answers = [proxy.request("GET", path).json for path in ("/v1/models", "/models", "/v1/models/", "/v1/models?limit=1000")]
+    assert all(a == answers[0] for a in answers) and answers[0]["object"] == "list"
+    names = ["claude", *BUILTIN["providers"]["claude"]["models"]["names"], "echo"]
+    assert answers[0]["data"] == [{"id": n, "object": "model", "created": answers[0]["data"][0]["created"], "owned_by": "echo" if n == "echo" else "claude"} for n in names]
+    for path, name in (("/v1/models/claude", "claude"), ("/v1/models/claude%2Fopus", "claude/opus"), ("/models/claude/opus", "claude/opus"), ("/v1/models/claude-new-9", "claude-new-9")):
+        assert proxy.request("GET", path).json == {"id": name, "object": "model", "created": answers[0]["data"][0]["created"], "owned_by": "claude"}
+    assert proxy.request("GET", "/v1/models/nothing").error == (404, "invalid_request_error", "model_not_found", "model")
+    assert not proxy.exists("started")
+    proxy.remove("claude")
+    assert [m["id"] for m in proxy.request("GET", "/v1/models").json["data"]] == ["echo"]
+    answered = proxy.ask("opus")
+    assert answered.error == (404, "invalid_request_error", "model_not_found", "model")
+    assert answered.message == 'claude is not installed on this machine: there is no `claude` on the PATH. Install it: npm install -g @anthropic-ai/claude-code; then run "claude" and type /login'
+    proxy.install("claude")
+    assert proxy.ask("opus").status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "/v1/chat/completions/", "/v1/chat/completions?api-version=1"])
+def test_chat_is_served_with_and_without_v1(proxy, path):
+    assert proxy.post({"model": "claude", "messages": HI}, path).text == "".join(HELLO)
+
+
+@pytest.mark.parametrize("method, path, error, allow", [
+    ("GET", "/v1/nothing", (404, "unknown_url"), None), ("POST", "/v1/nothing", (404, "unknown_url"), None), ("DELETE", "/v2", (404, "unknown_url"), None), ("GET", "/v1x/models", (404, "unknown_url"), None),
+    ("GET", "/v1/chat/completions", (405, "method_not_allowed"), "POST"), ("POST", "/v1/models", (405, "method_not_allowed"), "GET"), ("DELETE", "/v1/models", (405, "method_not_allowed"), "GET"),
+    ("PUT", "/v1/chat/completions", (405, "method_not_allowed"), "POST"), ("POST", "/v1/models/claude", (405, "method_not_allowed"), "GET"), ("DELETE", "/v1/models/claude", (405, "method_not_allowed"), "GET"),
+    ("PATCH", "/", (405, "method_not_allowed"), "GET")])
+def test_an_unknown_path_is_404_and_a_wrong_method_405(proxy, method, path, error, allow):
+    answered = proxy.request(method, path, b"{}" if method != "GET" else None, {"Content-Type": "application/json"} if method != "GET" else {})
+    assert (answered.error[0], answered.error[2]) == error and answered.headers["Allow"] == allow
+
+
+def test_head_is_get_without_a_body(proxy):
+    for path in ("/v1/models", "/health", "/v1/nothing"):
+        got, head = proxy.request("GET", path), proxy.request("HEAD", path)
+        assert (head.status, head.body, head.headers["Content-Length"]) == (got.status, b"", str(len(got.body)))
+    with proxy.connect() as s, s.makefile("rb") as f:
+        s.sendall(b"HEAD /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert read_answer(f, "HEAD").status == 200 and read_answer(f).json["status"] == "ok"
+
+
+@pytest.mark.parametrize("path, allow", [("/v1/chat/completions", "POST, HEAD, OPTIONS"), ("/v1/models", "GET, HEAD, OPTIONS"), ("/v1/models/x", "GET, HEAD, OPTIONS"), ("/v1/nothing", None)])
+def test_options_say_what_is_allowed(proxy, path, allow):
+    answered = proxy.request("OPTIONS", path)
+    assert (answered.status, answered.headers["Allow"]) == ((204, allow) if allow else (404, None)) and "Access-Control-Allow-Origin" not in answered.headers
+
+
+def test_health_names_what_is_installed(proxy):
+    for path in ("/health", "/", "/v1"):
+        assert proxy.request("GET", path).json == {"status": "ok", "version": cliproxy.VERSION, "providers": [*BUILTIN_NAMES, *VARIANTS]}
+
+
+def test_many_requests_go_over_one_connection(proxy):
+    chat = as_http({"model": "claude", "messages": HI})
+    with proxy.connect() as s, s.makefile("rb") as f:
+        for data, status in ((chat, 200), (as_http({"model": "nothing", "messages": HI}), 404), (as_http(b"{"), 400), (as_http({"model": "claude", "messages": HI, "stream": True}), 200),
+                             (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 200), (b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n", 404), (chat, 200)):
+            s.sendall(data)
+            answered = read_answer(f)
+            assert answered.status == status and answered.headers["Connection"] is None
+        assert answered.text == "".join(HELLO)
+
+
+def test_requests_that_are_sent_at_once_are_answered_in_order(proxy):
+    answers = proxy.raw(b"".join(as_http({"model": "claude", "messages": HI, "stream": i == 1}) for i in range(2)) + as_http({"model": "x", "messages": HI})
+                        + b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 9)
+    assert [a.status for a in answers] == [200, 200, 404, 200]
+    assert answers[0].text == "".join(HELLO) and said(answers[1].frames)[0][0] == "".join(HELLO) and answers[3].json["status"] == "ok"
+    assert len({a.headers["x-request-id"] for a in answers}) == 4
+
+
+def test_http_1_0_is_answered_and_the_connection_closed(proxy):
+    with proxy.connect() as s:
+        s.sendall(as_http({"model": "claude", "messages": HI, "stream": True}).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        head, _, body = b"".join(iter(lambda: s.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and b"chunked" not in head and b"\r\nConnection: close" in head
+    assert said(frames_of(body)) == [("".join(HELLO), "", "stop")]
+
+
+def test_a_connection_that_is_to_be_closed_is_closed(proxy):
+    for stream in (False, True):
+        with proxy.connect() as s, s.makefile("rb") as f:
+            s.sendall(as_http({"model": "claude", "messages": HI, "stream": stream}, "Connection: close"))
+            assert read_answer(f).headers["Connection"] == "close" and f.read() == b""
+
+
+@pytest.mark.parametrize("data, status", [
+    (b"GARBAGE\r\n\r\n", 400), (b"GET /v1/models\r\n\r\n", 403), (b"GET /v1/models HTTP/x.y\r\n\r\n", 400), (b"GET /v1/models HTTP/2.0\r\n\r\n", 505), (b"FLY /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
+    (b"GET /v1/models HTTP/1.1 x\r\n\r\n", 400), (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", 414), (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70000 + b"\r\n\r\n", 431),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X-%d: x\r\n" % i for i in range(200)) + b"\r\n", 431), (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400)],
+    ids=["word", "0.9", "version", "http2", "method", "four words", "long line", "long header", "many headers", "tls"])
+def test_a_head_that_is_no_http_is_answered_as_an_error_and_the_connection_closed(proxy, data, status):
+    answers = proxy.raw(data, 2)
+    assert [a.status for a in answers] == [status] and answers[0].error[:2] == (status, "invalid_request_error") and answers[0].headers["Connection"] == "close"
+
+
+@pytest.mark.parametrize("body, words", [
+    (b"", "Expecting value"), (b"{", "Expecting property name"), (b'{"model": "claude",}', ""), (b"not json", "Expecting value"), (b'{"a": "\xff"}', "'utf-8' codec can't decode byte 0xff"),
+    (b"[" * 100000, ""), (b'{"seed": ' + b"1" * 5000 + b"}", "Exceeds the limit"), (b'{"a": 1} {"b": 2}', "Extra data"), (b'"\x01"', "Invalid control character")],
+    ids=["empty", "cut", "comma", "words", "latin", "deep", "digits", "two", "control"])
+def test_a_body_that_is_no_json_is_a_400(proxy, body, words):
+    answered = proxy.post(body)
+    if sys.version_info < (3, 11) and words.startswith("Exceeds") and answered.error[2] != "invalid_json":
+        words = "you must provide a model"          # that limit came with 3.10.7 and 3.9.14
+        assert answered.message.startswith(words)
+        return
+    assert answered.error == (400, "invalid_request_error", "invalid_json", None)
+    assert answered.message.startswith("we could not parse the JSON body of your request: " + words)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "Application/JSON ;x=y"])
+def test_a_json_body_is_declared_as_such(proxy, kind):
+    assert proxy.post({"model": "claude", "messages": HI}, headers={"Content-Type": kind}).status == 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "application/jsonx", "text/plain; application/json"])
+def test_a_body_of_another_type_is_refused_unread(proxy, kind):
+    with proxy.connect() as s, s.makefile("rb") as f:
+        s.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n".encode())
+        answered = read_answer(f)
+        assert answered.error == (415, "invalid_request_error", "unsupported_media_type", None) and answered.headers["Connection"] == "close" and f.read() == b""
+
+
+def head(*headers):
+    return "\r\n".join(["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers]).encode() + b"\r\n\r\n"
+
+
+CHAT = json.dumps({"model": "claude", "messages": HI}).encode()
+
+
+def chunked(data, size, extension=b""):
+    return b"".join(b"%x%b\r\n%b\r\n" % (len(p), extension, p) for p in pieces(data, size))
+
+
+@pytest.mark.parametrize("body", [chunked(CHAT, None) + b"0\r\n\r\n", chunked(CHAT, 1) + b"0\r\n\r\n", chunked(CHAT, 7, b';name="a value"') + b"0\r\n\r\n", chunked(CHAT, 0) + b"000;last\r\nTrailer: x\r\nOther: y\r\n\r\n",
+                                  chunked(CHAT, 58).replace(b"3a", b"3A") + b"0\r\n\r\n", chunked(CHAT, None).replace(b"3a\r\n", b"0000003a \r\n") + b"0\r\n\r\n"])
+def test_a_chunked_body_is_read_in_every_form(proxy, body):
+    answers = proxy.raw(head("Transfer-Encoding: chunked") + body + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 2)
+    assert answers[0].text == "".join(HELLO) and answers[1].json["status"] == "ok"
+
+
+@pytest.mark.parametrize("body", [b"x\r\n", b"-1\r\n\r\n", b"\r\n", b"5\r\n{}\r\n0\r\n\r\n", b"2\r\n{}{}\r\n0\r\n\r\n", b"0x2\r\n{}\r\n0\r\n\r\n", b"fffffffff\r\n", b"2" + b" " * 2000 + b"\r\n{}\r\n0\r\n\r\n", b"+2\r\n{}\r\n0\r\n\r\n"])
+def test_a_broken_chunked_body_is_a_400_and_the_connection_closed(proxy, body):
+    with proxy.connect() as s, s.makefile("rb") as f:
+        s.sendall(head("Transfer-Encoding: chunked") + body)
+        s.shutdown(socket.SHUT_WR)
+        answered = read_answer(f)
+        assert answered.error == (400, "invalid_request_error", "invalid_value", None) and answered.message.startswith("the body's chunked encoding is broken")
+        assert answered.headers["Connection"] == "close" and f.read() == b""
+
+
+@pytest.mark.parametrize("headers, body", [(["Content-Length: 33554433"], b""), (["Transfer-Encoding: chunked"], b"2000001\r\n"), (["Content-Length: 99999999999999999999"], b"")])
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(proxy, headers, body):
+    answers = proxy.raw(head(*headers) + body, 2)
+    assert [a.error for a in answers] == [(413, "invalid_request_error", "request_too_large", None)]
+    assert "the limit is 33554432 bytes" in answers[0].message and answers[0].message.endswith("Send less, or start cliproxy with a larger --max-body-mb")
+
+
+@pytest.mark.parametrize("headers", [[], ["Content-Length: -1"], ["Content-Length: 1e3"], ["Content-Length: +5"], ["Content-Length: \u00b2"], ["Content-Length: 5, 5"], ["Transfer-Encoding: gzip"]])
+def test_a_body_of_unknown_length_is_refused(proxy, headers):
+    data = "\r\n".join(["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers]).encode("latin-1") + b"\r\n\r\n"
+    answers = proxy.raw(data, 2)
+    assert [a.error for a in answers] == [(400, "invalid_request_error", "invalid_value", None)] and answers[0].message.startswith("the request has no length")
+
+
+def test_a_client_that_sends_on_what_was_refused_still_gets_the_answer(proxy):
+    for headers in ({}, {"Content-Type": "text/plain"}):
+        answered = proxy.post(b"x" * (34 << 20), headers=headers)
+        assert answered.status == (415 if headers else 413)
+
+
+def test_a_client_that_waits_for_100_continue_gets_it(proxy):
+    with proxy.connect() as s, s.makefile("rb") as f:
+        s.sendall(head("Expect: 100-continue", f"Content-Length: {len(CHAT)}"))
+        assert f.readline() == b"HTTP/1.1 100 Continue\r\n" and f.readline() == b"\r\n"
+        s.sendall(CHAT)
+        assert read_answer(f).text == "".join(HELLO)
+
+
+@pytest.mark.parametrize("data, status", [(head("Expect: 100-continue", "Content-Length: 99999999"), 413), (head("Expect: 100-continue", "Content-Length: 5").replace(b"application/json", b"text/plain"), 415),
+                                          (head("Expect: 100-continue", "Content-Length: 5").replace(b"/v1/chat/", b"/v1/other/"), 404)])
+def test_a_request_that_is_refused_is_not_told_to_continue(proxy, data, status):
+    assert [a.status for a in proxy.raw(data, 2)] == [status]
+
+
+def test_a_body_that_comes_in_pieces_is_waited_for(proxy):
+    with proxy.connect() as s, s.makefile("rb") as f:
+        for piece in pieces(as_http({"model": "claude", "messages": HI}), 40):
+            s.sendall(piece)
+        assert read_answer(f).text == "".join(HELLO)
+
+
+@pytest.mark.parametrize("data", [b"", b"POST /v1/ch", head("Content-Length: 100"), head("Content-Length: 100") + b'{"model', head("Transfer-Encoding: chunked") + b"5\r\n{"])
+def test_a_client_that_leaves_in_the_middle_of_its_request_is_forgotten(proxy, data):
+    with proxy.connect() as s:
+        s.sendall(data)
+    assert proxy.request("GET", "/health").status == 200
+
+
+def test_what_a_get_carries_is_not_taken_for_the_next_request(proxy):
+    answers = proxy.raw(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 37\r\n\r\nGET /health HTTP/1.1\r\nHost: evil\r\n\r\n", 9)
+    assert [a.status for a in answers] == [200]
+
+
+@pytest.mark.parametrize("host, status", [
+    ("localhost", 200), ("localhost:8080", 200), ("LOCALHOST", 200), ("localhost.", 200), ("127.0.0.1", 200), ("127.0.0.1:1", 200), ("127.9.9.9", 200), ("[::1]", 200), ("[::1]:8080", 200),
+    ("evil.example", 403), ("evil.example:8080", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("", 403), ("10.0.0.1", 403), ("[::2]", 403), ("localhost:x", 403), ("a@localhost", 403)])
+def test_only_a_local_host_header_is_answered(proxy, host, status):
+    answered = proxy.request("GET", "/v1/models", headers={"Host": host})
+    assert answered.status == status and (status == 200 or answered.error == (403, "invalid_request_error", "forbidden", None))
+
+
+def test_a_request_without_a_host_is_refused(proxy):
+    assert [a.status for a in proxy.raw(b"GET /v1/models HTTP/1.1\r\n\r\n", 2)] == [403]
+
+
+@pytest.mark.parametrize("origin, status", [("http://localhost:3000", 200), ("http://127.0.0.1", 200), ("https://[::1]:1", 200), ("https://evil.example", 403), ("http://localhost.evil.example", 403),
+                                            ("null", 403), ("file://", 403), ("http://evil.example#localhost", 403), ("chrome-extension://abc", 403)])
+@pytest.mark.parametrize("kind", ["application/json", "text/plain"])
+def test_no_foreign_web_page_gets_through(proxy, origin, status, kind):
+    answered = proxy.post({"model": "claude", "messages": HI}, headers={"Origin": origin, "Content-Type": kind})
+    assert answered.status == (415 if status == 200 and kind == "text/plain" else status)
+    assert "Access-Control-Allow-Origin" not in answered.headers and proxy.runs("claude") == (answered.status == 200)
+    assert proxy.request("OPTIONS", "/v1/chat/completions", headers={"Origin": origin, "Access-Control-Request-Method": "POST"}).status == (204 if status == 200 else 403)
+
+
+def test_a_request_of_a_cli_that_a_proxy_started_is_refused(proxy):
+    proxy.play("claude", reveal=True)
+    proxy.ask("claude")
+    name, hop = proxy.given("claude")["env"]["ANTHROPIC_CUSTOM_HEADERS"].split(": ")
+    answered = proxy.ask("claude", headers={name: hop})
+    assert name == "x-cliproxy-hop" and len(hop) == 32
+    assert answered.error == (508, "invalid_request_error", "loop_detected", None) and answered.retry == ("false", None) and proxy.runs("claude") == 1
+
+
+def test_it_listens_on_the_loopback_address_of_both_families(proxy):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with proxy.connect("::1") as s, s.makefile("rb") as f:
+        s.sendall(as_http({"model": "claude", "messages": HI}))
+        assert read_answer(f).text == "".join(HELLO)
+
+
+def test_each_request_is_one_line_of_the_log_without_a_word_of_the_prompt(proxy):
+    before = len(proxy.log())
+    proxy.play("claude", ["begin"], ["say", ["SECRET ANSWER"]], ["end"])
+    proxy.ask("opus", "SECRET PROMPT", stream=True)
+    proxy.ask("no such \"model\"", "SECRET PROMPT")
+    proxy.request("GET", "/v1/models?SECRET=1")
+    lines = eventually("the log has three lines", lambda: len(proxy.log()[before:].splitlines()) == 3 and proxy.log()[before:].splitlines())
+    ms = r"\d+"
+    assert re.fullmatch(rf"time=\S+ method=POST path=/v1/chat/completions model=opus stream=1 status=200 provider=claude/opus strategy=jsonl tokens_in=72 tokens_out=6 finish=stop "
+                        rf"queue_ms={ms} spawn_ms={ms} first_ms={ms} ms={ms}", lines[0].replace("queue_ms=None", "queue_ms=0")), lines[0]
+    assert re.fullmatch(rf'time=\S+ method=POST path=/v1/chat/completions model="no such \\"model\\"" stream=0 error=model_not_found status=404 ms={ms}', lines[1])
+    assert re.fullmatch(rf"time=\S+ method=GET path=/v1/models status=200 ms={ms}", lines[2])
+    assert "SECRET" not in proxy.log()[before:]
+
+
+def test_many_clients_that_come_and_go_leave_nothing(proxy):
+    """Each leaves at another moment of its request; the fixture then counts children, threads and descriptors."""
+    choose = random.Random(7)
+    proxy.play("claude", ["begin"], ["say", HELLO], ["end"])
+    data = as_http({"model": "claude", "stream": True, "messages": HI})
+
+    def client():
+        with proxy.connect() as s:
+            moment = choose.random()
+            if moment < 0.25:
+                s.sendall(data[:choose.randrange(len(data))])
+                return
+            s.sendall(data if moment < 0.9 else data.replace(b"claude", b"nobody"))
+            seen = choose.choice([None, b"HTTP/1.1", b"role", b"there", b"[DONE]"]) if moment < 0.9 else b"HTTP/1.1 404"
+            if seen:
+                until(s, seen)
+            if choose.random() < 0.3:               # a reset instead of an orderly end
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    def several():
+        for _ in range(30):
+            client()
+    threads = [threading.Thread(target=several) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert proxy.ask("claude").text == "".join(HELLO)
+
+
+def test_a_strict_proxy_refuses_what_it_cannot_honour_and_wants_a_key(serve):
+    proxy = serve(flags=["--strict", "--api-key", "key-one", "--api-key", "key two", "--allow-host", "My.Tunnel.example", "--cors-origin", "https://app.example", "--max-body-mb", "1"],
+                  env={"CLIPROXY_API_KEY": "key-three,key-four"})
+    key = {"Authorization": "Bearer key-one"}
+    answered = proxy.ask("claude", seed=1, temperature=1, headers=key)
+    assert answered.error == (400, "invalid_request_error", "unsupported_parameter", "seed")
+    assert answered.message == "claude has no way to honour seed: the proxy runs with --strict. Leave it out, or use another model"
+    assert proxy.ask("claude", temperature=1, stop=["x"], headers=key).status == 200
+
+    for header in ({"Authorization": "Bearer key two"}, {"Authorization": "bearer  key-three"}, {"x-api-key": "key-four"}, {"api-key": "key-one"}, {"x-goog-api-key": "key-one"},
+                   {"Authorization": "Bearer none", "x-api-key": "key-one"}):
+        assert proxy.request("GET", "/v1/models", headers=header).status == 200, header
+    for header, words in (({}, "you didn't provide an API key"), ({"Authorization": "Basic key-one"}, "you didn't provide an API key"), ({"Authorization": "Bearer key-onE"}, "incorrect API key provided"),
+                          ({"x-api-key": ""}, "you didn't provide an API key"), ({"x-api-key": "key-one,key-four"}, "incorrect API key provided"), ({"api-key": "é"}, "incorrect API key provided")):
+        answered = proxy.request("GET", "/v1/models", headers=header)
+        assert answered.error == (401, "invalid_request_error", "invalid_api_key", None) and answered.message.startswith(words) and answered.headers["WWW-Authenticate"] == "Bearer"
+    assert proxy.ask("claude").status == 401 and proxy.request("GET", "/health").status == 200
+    assert proxy.ask("claude", headers={"Authorization": "Bearer wrong", "Content-Type": "text/plain"}).status == 401
+
+    assert proxy.request("GET", "/v1/models", headers={**key, "Host": "my.tunnel.example:443"}).status == 200
+    assert proxy.request("GET", "/v1/models", headers={**key, "Host": "other.example"}).status == 403
+
+    page = {"Origin": "https://app.example"}
+    answered = proxy.request("OPTIONS", "/v1/chat/completions", headers={**page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, x-stainless-os"})
+    assert answered.status == 204 and answered.headers["Access-Control-Allow-Origin"] == "https://app.example" and answered.headers["Access-Control-Allow-Headers"] == "authorization, x-stainless-os"
+    assert answered.headers["Access-Control-Allow-Methods"] == "POST, HEAD, OPTIONS" and answered.headers["Vary"] == "Origin"
+    assert proxy.ask("claude", headers={**key, **page}).headers["Access-Control-Allow-Origin"] == "https://app.example"
+    assert proxy.ask("claude", headers=page).headers["Access-Control-Allow-Origin"] == "https://app.example"         # so that the page can read the 401
+    assert proxy.ask("claude", headers={**key, "Origin": "https://other.example"}).status == 403
+
+    assert [a.status for a in proxy.raw(head("Authorization: Bearer key-one", f"Content-Length: {(1 << 20) + 1}"))] == [413]
+    eventually("the requests are in the log", lambda: proxy.lines(f"key={hashlib.sha256(b'key-one').hexdigest()[:8]}"))
+    assert not re.search("key-one|key two|key-three|key-four|key-onE", proxy.log())
+
+
+def test_a_proxy_with_short_patience_ends_slow_clients_and_keeps_streams_alive(serve):
+    proxy = serve(flags=["--keepalive", "0.05", "--max-connections", "4"],
+                  tune={"HEAD_SECONDS": 0.3, "BODY_SECONDS": 0.3, "IDLE_SECONDS": 0.3, "COMMIT_AFTER": 0.1}).settled()
+    with proxy.connect() as idle, proxy.connect() as slow_head, proxy.connect() as slow_body, proxy.connect() as dripping:
+        slow_head.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc")
+        slow_body.sendall(head("Content-Length: 100") + b'{"model"')
+        refused = proxy.request("GET", "/health")                   # the fifth at a time
+        assert refused.status == 503 and refused.json["error"]["message"] == "too many connections: the limit is 4. Try again later" and refused.headers["Retry-After"] == "1"
+        for c in as_http({"model": "claude", "messages": HI}):
+            try:
+                dripping.sendall(bytes([c]))                        # each byte in time, the whole never
+                time.sleep(0.01)
+            except OSError:
+                break
+        with slow_body.makefile("rb") as f:
+            answered = read_answer(f)
+            assert answered.error == (408, "invalid_request_error", "request_timeout", None) and f.read() == b""
+        assert idle.recv(1) == b"" and slow_head.recv(1) == b""
+        with pytest.raises(ConnectionError) if sys.platform == "darwin" else contextlib.suppress(ConnectionError):
+            assert dripping.recv(1) == b""
+
+    eventually("the four have gone", lambda: proxy.holds()[0] == proxy.settled().holds()[0] and proxy.request("GET", "/health").status == 200)
+    proxy.play("claude", ["begin"], ["wait", "go"], ["say", ["w1 "]], ["wait", "on"], ["say", ["w2"]], ["end"])
+    with proxy.started("claude") as s, s.makefile("rb") as f:
+        got = until(s, b": keep-alive\n\n")                        # a long silence gets its 200 and comments before the first word
+        assert got.startswith(b"HTTP/1.1 200 OK\r\n")
+        proxy.touch("go")
+        got += until(s, b"w1 ")
+        got += until(s, b": keep-alive\n\n")
+        proxy.touch("on")
+        got += until(s, b"[DONE]\n\n\r\n0\r\n\r\n")
+        assert f is not None
+    frames = frames_of(b"".join(re.findall(rb"\n((?:data:|:) .*?\n\n)", got, re.S)))
+    assert said(frames) == [("w1 w2", "", "stop")] and frames.count(": keep-alive") >= 2
+
+    proxy.play("claude", ["begin"], ["wait", "fail"], ["fail", "API Error: 529 x", 529], ["exit", 1])
+    with proxy.started("claude") as s:                              # too late for a status
+        assert until(s, b": keep-alive\n\n").startswith(b"HTTP/1.1 200 OK\r\n")
+        proxy.touch("fail")
+        assert b'"code":"overloaded"' in until(s, b"0\r\n\r\n")
+
+
+def test_a_proxy_for_other_machines_wants_a_key_but_no_local_name(serve):
+    proxy = serve(flags=["--host", "0.0.0.0", "--api-key", "k"])
+    assert proxy.request("GET", "/v1/models", headers={"Host": "machine.example:1", "x-api-key": "k"}).status == 200
+    assert proxy.request("GET", "/v1/models", headers={"Host": "machine.example:1"}).status == 401
+    assert proxy.request("GET", "/v1/models", headers={"Host": "machine.example", "x-api-key": "k", "Origin": "https://evil.example"}).status == 403
+
+
+# === Command line ====================================================================================================
+
+
+def test_help_is_one_sentence_three_commands_and_the_options_with_their_defaults():
+    ended = run("--help", COLUMNS="200")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "\nThe AI coding CLIs you are logged in to (claude, gemini, codex, qwen), behind one local OpenAI-compatible endpoint.\n" in ended.stdout
+    assert "  python3 cliproxy.py --port 8080\n  python3 cliproxy.py doctor --live\n  curl localhost:8080/v1/chat/completions " in ended.stdout
+    serve_help = run("serve", "--help", COLUMNS="200").stdout
+    for option, default in (("--port", "8080"), ("--keepalive", "10.0"), ("--max-body-mb", "32"), ("--max-connections", "512"), ("--drain", "30.0")):
+        for text in (ended.stdout, serve_help):
+            assert re.search(rf"{option} .*\(default: {re.escape(default)}\)", text), option
+    for command in ("doctor", "providers"):
+        assert run(command, "--help").returncode == 0
+    assert "_echo" not in ended.stdout
+
+
+def test_version_is_one_line():
+    assert run("--version").stdout == f"cliproxy {cliproxy.VERSION}\n"
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in, so it needs a key: add --api-key KEY, or set CLIPROXY_API_KEY"), (["--host", "::"], "--host :: lets other machines in, so it needs a key"),
+    (["--port", "65536"], "--port must be between 0 and 65535, found 65536"), (["--host", "no.such.host.invalid", "--api-key", "k"], "the host no.such.host.invalid is unknown: "),
+    (["--keepalive", "0"], "--keepalive must be more than 0, found 0"), (["--max-connections", "0"], "--max-connections must be more than 0, found 0"), (["--max-body-mb", "-1"], "--max-body-mb must be more than 0, found -1"),
+    (["--drain", "-1"], "--drain must not be negative, found -1"), (["--providers", "/nonexistent.json"], "/nonexistent.json cannot be read: No such file or directory")])
+def test_a_setting_that_cannot_be_is_one_clear_line(args, words):
+    ended = run(*args)
+    assert (ended.returncode, ended.stdout) == (2, "") and ended.stderr.startswith("cliproxy: " + words) and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [["--prot", "1"], ["--port", "x"], ["doctor", "--port", "1"], ["fly"]])
+def test_a_flag_that_does_not_exist_is_status_2(args):
+    ended = run(*args)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr and "error: " in ended.stderr
+
+
+def test_a_port_that_is_taken_is_one_clear_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = run("--port", str(port))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"cliproxy: port {port} is taken by another program: stop it, or choose another port with --port {port + 1}\n"
+
+
+def test_start_up_says_what_was_found_what_not_and_what_to_type(serve):
+    proxy = serve(clis=("claude", "codex", "qwen"), scripts={"claude": {"probes": {"auth status": ["{}", 1]}}, "codex": {"probes": {"--version": ["codex-cli 9.9.9", 0]}},
+                                                            "qwen": {"probes": {"--version": ["no idea", 0]}}}).settled()
+    assert proxy.log().splitlines()[:6] == [
+        f"cliproxy {cliproxy.VERSION} on http://localhost:{proxy.port}/v1   (OPENAI_BASE_URL=http://localhost:{proxy.port}/v1)",
+        '  claude   2.1.197            not logged in: run "claude" and type /login', "  gemini   not installed      npm install -g @google/gemini-cli",
+        "  codex    9.9.9              untested version; ready", "  qwen     unknown            untested version; ready", "  echo     built in           ready"]
+    proxy.play("claude", ["begin"], ["fail", "API Error: Unable to connect to API (ConnectionRefused)", None], ["exit", 1])
+    answered = proxy.ask("claude")              # what it says itself is not why
+    assert answered.error == (401, "authentication_error", "not_logged_in", None) and answered.message == 'claude is not logged in: run "claude" and type /login'
+
+
+def test_sigterm_lets_a_stream_end_and_takes_nothing_new(serve):
+    proxy = serve()
+    proxy.play("claude", ["begin"], ["say", ["w1 "]], ["wait", "go"], ["say", ["w2"]], ["end"])
+    with proxy.started("claude") as stream, proxy.connect() as kept, kept.makefile("rb") as f:
+        until(stream, b"w1 ")
+        kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert read_answer(f).json["status"] == "ok"
+        proxy.process.send_signal(signal.SIGTERM)
+        eventually("it stops", lambda: proxy.lines("event=stopping running=1"))
+        kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert read_answer(f).json["status"] == "stopping"
+        kept.sendall(as_http({"model": "claude", "messages": HI}))
+        answered = read_answer(f)
+        assert answered.error == (503, "server_error", "shutting_down", None) and answered.retry == ("true", "5")
+        with pytest.raises(OSError):
+            proxy.connect()
+        proxy.touch("go")
+        assert b"w2" in until(stream, b"[DONE]")
+    assert proxy.process.wait(LIMIT) == 0 and proxy.runs("claude") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_what_is_running(serve, number):
+    proxy = serve()
+    proxy.play("claude", ["deaf"], ["begin"], ["say", ["w1 "]], ["wait", "never"])
+    with proxy.started("claude") as stream:
+        until(stream, b"w1 ")
+        family = [proxy.spawner(), *proxy.running()]
+        proxy.process.send_signal(number)
+        eventually("it stops", lambda: proxy.lines("event=stopping"))
+        proxy.process.send_signal(number)
+        assert proxy.process.wait(LIMIT) == 0 and b"[DONE]" not in b"".join(iter(lambda: stream.recv(65536), b""))
+    eventually("nothing of it runs", lambda: not set(family) & set(dict(processes())))
+
+
+def test_draining_has_an_end(serve):
+    proxy = serve(flags=["--drain", "0.05"])
+    proxy.play("claude", ["begin"], ["say", ["w1 "]], ["wait", "never"])
+    with proxy.started("claude") as stream:
+        until(stream, b"w1 ")
+        assert proxy.stop() == 0
+
+
+def test_a_proxy_whose_spawner_was_killed_ends_with_a_clear_line(serve):
+    proxy = serve().settled()
+    proxy.play("claude", ["begin"], ["say", ["w1 "]], ["wait", "never"])
+    with proxy.started("claude") as stream:
+        until(stream, b"w1 ")
+        child = proxy.running()
+        os.kill(proxy.spawner(), signal.SIGKILL)
+        assert proxy.process.wait(LIMIT) == 1 and proxy.lines("event=spawner-gone")
+    eventually("the CLI is gone", lambda: not set(child) & set(dict(processes())))
+    assert os.listdir(os.path.join(proxy.folder, "tmp")) == []
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return lambda **kw: Machine(tmp_path, **kw)
+
+
+READY = ["  claude   2.1.197            ready", "  gemini   0.61.0             ready", "  codex    0.169.0            ready", "  qwen     0.15.10            ready", "  echo     built in           ready"]
+
+
+def test_doctor_is_content_when_all_are_ready(machine):
+    ended = machine().doctor()
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, READY, "")
+
+
+def test_doctor_is_content_with_one_cli_and_not_with_none(machine, tmp_path):
+    some = machine(clis=("gemini",))
+    assert some.doctor().returncode == 0 and some.doctor("gemini").stdout.splitlines() == READY[1:2]
+    some.remove("gemini")
+    ended = some.doctor()
+    assert ended.returncode == 1 and "  gemini   not installed      npm install -g @google/gemini-cli\n" in ended.stdout
+    assert some.doctor("echo").returncode == 0
+
+
+def test_doctor_finds_who_is_not_logged_in(machine):
+    some = machine(env={"GEMINI_API_KEY": "", "OPENAI_API_KEY": ""}, scripts={"claude": {"probes": {"auth status": ["{}", 1]}}, "codex": {"probes": {"login status": ["Not logged in", 1]}}})
+    ended = some.doctor()
+    assert ended.returncode == 1 and ended.stdout.splitlines()[:4] == [
+        '  claude   2.1.197            not logged in: run "claude" and type /login', '  gemini   0.61.0             not logged in: run "gemini" and choose a login, or set GEMINI_API_KEY',
+        '  codex    0.169.0            not logged in: run "codex login"', '  qwen     0.15.10            not logged in: run "qwen auth", or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL']
+    os.makedirs(os.path.join(some.home, ".gemini"))
+    with open(os.path.join(some.home, ".gemini", "oauth_creds.json"), "w") as f:
+        f.write("{}")
+    assert some.doctor("gemini").returncode == 0
+
+
+def test_doctor_live_asks_each_once(machine):
+    some = machine(scripts={"qwen": {"steps": [["begin"], ["fail", "401 no"]]}, "claude": {"reveal": True}}, clis=("claude", "qwen"))
+    ended = some.doctor("--live")
+    lines = ended.stdout.splitlines()
+    assert ended.returncode == 1 and lines[0] == READY[0] and lines[3:5] == ["  codex    not installed      npm install -g @openai/codex", READY[3]]
+    assert re.fullmatch(r"           live: answered 'Hello there, how can I help\?' by jsonl in \d+\.\d s", lines[1])
+    assert lines[5].startswith("           live: qwen could not authenticate: 401 no.") and re.fullmatch(r"           live: answered 'Reply with the one word: ready' by jsonl in \d+\.\d s", lines[7])
+    assert "Reply with the one word: ready" in some.given("claude")["stdin"] and some.runs("claude") == 1
+    assert some.doctor("claude", "--live").returncode == 0
+
+
+def test_doctor_for_an_unknown_provider_is_a_mistake(machine):
+    ended = machine().doctor("gpt")
+    assert (ended.returncode, ended.stderr) == (2, "cliproxy: there is no provider gpt; there are claude, gemini, codex, qwen, echo\n")
