@@ -2741,8 +2741,9 @@ class Router:
         """One child, one answer."""
         turn, scope, params = answer.turn, answer.scope, answer.turn.request.params
         outside = {"hop": self.hop, **self._outside(turn.provider), **self.prepared(turn.provider, binary)}
-        place = make_place(self.spawner.root, turn.provider, lambda name, arg: os.environ.get(arg) or MISSING if name == "env" else MISSING)
+        place = ""
         try:
+            place = make_place(self.spawner.root, turn.provider, lambda name, arg: os.environ.get(arg) or MISSING if name == "env" else MISSING)
             given = replace(turn.request, params={k: v for k, v in params.items() if answer.params.get(k) == "native"})
             launch = make_launch(turn, strategy, binary, place, Variables(replace(turn, request=given), strategy, place, outside), self.own_ports)
             scope.enter("start")
@@ -2836,8 +2837,8 @@ class Router:
         """(exit status, stdout, stderr) of the CLI run with these arguments in a place of its own; status None after a time-out."""
         env_only = lambda name, arg: (os.environ.get(arg) or MISSING) if name == "env" else {"dir": place}.get(name, MISSING)  # noqa: E731
         place = ""
-        place = make_place(self.spawner.root, provider, env_only)
         try:
+            place = make_place(self.spawner.root, provider, env_only)
             env = child_environment(provider, env_only, self.own_ports, os.environ)
             child = self.spawner.spawn([binary, *args], env, os.path.join(place, "work"), place=place)
         except OSError as e:
