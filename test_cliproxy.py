@@ -299,6 +299,7 @@ import hashlib
 import http.client
 import importlib.util
 import pathlib
+import py_compile
 import random
 import re
 import shutil
@@ -356,11 +357,26 @@ def processes():
 
 
 def alive(pid):
-    return pid in dict(processes())
+    if not os.path.exists("/proc/self/stat"):
+        return pid in dict(processes())
+    try:
+        with open(f"/proc/{pid}/stat", errors="replace") as f:
+            return f.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def children_of(pid):
-    return [child for child, parent in processes() if parent == pid]
+    """The pids of its children that run; from one small file where the kernel has it."""
+    tasks = glob.glob(f"/proc/{pid}/task/*/children")
+    if not tasks:
+        return [child for child, parent in processes() if parent == pid]
+    out = []
+    for path in tasks:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            with open(path) as f:
+                out += [int(child) for child in f.read().split()]
+    return [child for child in out if alive(child)]
 
 
 @pytest.fixture(autouse=True)
@@ -369,12 +385,12 @@ def nothing_left():
     def hang(*_):
         faulthandler.dump_traceback(all_threads=True)
         pytest.fail(f"the test hangs: more than {HANG} s")
-    before, children = os.listdir("/dev/fd"), set(children_of(os.getpid()))
+    before, children = os.listdir("/dev/fd"), children_of(os.getpid())
     old = signal.signal(signal.SIGALRM, hang)
     signal.setitimer(signal.ITIMER_REAL, HANG)
     yield
     eventually("no thread is left", lambda: threading.active_count() == 1)
-    eventually("no child is left", lambda: not set(children_of(os.getpid())) - children - SHARED)
+    eventually("no child is left", lambda: set(children_of(os.getpid())) <= SHARED.union(children))
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, old)
     assert sorted(os.listdir("/dev/fd")) == sorted(before), "descriptors are left open"
@@ -496,6 +512,7 @@ class Machine:
             os.makedirs(os.path.join(self.folder, name), exist_ok=True)
         with open(__file__, encoding="utf-8") as f, open(os.path.join(self.folder, "fake.py"), "w", encoding="utf-8") as fake:
             fake.write(f.read().partition("# === Getting pytest")[0])
+        py_compile.compile(fake.name, os.path.join(self.folder, "fake.pyc"), doraise=True)
         providers = {**{name: one_shot(name) for name in CLIS}, **(providers or {})}
         self.names = [*BUILTIN_NAMES, *(name for name in providers if name not in BUILTIN_NAMES)]
         for name in [*clis, *self.names[len(BUILTIN_NAMES):]]:
@@ -511,7 +528,7 @@ class Machine:
     def install(self, name):
         path = os.path.join(self.folder, "bin", name)
         with open(path + ".new", "w") as f:
-            f.write(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{self.folder}/fake.py" _play {name} "{self.folder}/play" "$@"\n')
+            f.write(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{self.folder}/fake.pyc" _play {name} "{self.folder}/play" "$@"\n')
         os.chmod(path + ".new", 0o755)
         os.replace(path + ".new", path)
 
@@ -2565,6 +2582,15 @@ def test_a_parameter_that_the_service_refuses_is_left_out_from_then_on(proxy):
     assert len(proxy.lines("event=parameter-refused provider=claude-params")) == 1
     answered = proxy.ask("claude-params", temperature=1)
     assert answered.headers["x-cliproxy-params"] == "temperature=ignored" and proxy.runs("claude-params") == 3
+
+
+def test_a_temporary_directory_that_was_cleaned_away_is_an_error_and_no_mistake(serve):
+    proxy = serve().settled()
+    for path in glob.glob(os.path.join(proxy.folder, "tmp", "*")):
+        shutil.rmtree(path)
+    answered = proxy.ask("claude")
+    assert answered.error == (502, "server_error", "provider_crashed", None)
+    assert answered.message == "claude could not be started: No such file or directory. Try again, or use another model"
 
 
 def test_qwen_fails_as_soon_as_its_log_tells_of_the_first_retry(proxy):
