@@ -523,7 +523,8 @@ BUILTIN_PROVIDERS = r'''{
           "GEMINI_CLI_CUSTOM_HEADERS": "x-cliproxy-hop: {hop}",
           "NO_BROWSER": "true",
           "TERM": "xterm-256color",
-          "COLORTERM": "truecolor"
+          "COLORTERM": "truecolor",
+          "CLIPROXY_DOLLAR": "$"
         }
       },
       "found": {
@@ -543,7 +544,7 @@ BUILTIN_PROVIDERS = r'''{
       },
       "files": {
         "system.md": "{system|}",
-        "home/.gemini/settings.json": {"json": {
+        "home/.gemini/settings.json": {"escape": {"$": "${CLIPROXY_DOLLAR}"}, "json": {
           "security": {"auth": {"selectedType": "{found:login_type|gemini-api-key}"}},
           "general": {"maxAttempts": 1, "retryFetchErrors": false, "enableAutoUpdate": false, "enableAutoUpdateNotification": false,
                       "plan": {"enabled": false}, "topicUpdateNarration": false},
@@ -735,7 +736,8 @@ BUILTIN_PROVIDERS = r'''{
           "QWEN_SYSTEM_MD": "{file:system.md}",
           "QWEN_CODE_NO_RELAUNCH": "1",
           "QWEN_CODE_MAX_OUTPUT_TOKENS": "32000",
-          "QWEN_DEBUG_LOG_FILE": "1"
+          "QWEN_DEBUG_LOG_FILE": "1",
+          "CLIPROXY_DOLLAR": "$"
         }
       },
       "found": {
@@ -749,7 +751,7 @@ BUILTIN_PROVIDERS = r'''{
       "files": {
         "work/.qwen/output-language.md": "",
         "system.md": "{system|}",
-        "settings.json": {"spread": {"what": "model.generationConfig", "over": "modelProviders.openai"}, "json": {
+        "settings.json": {"escape": {"$": "${CLIPROXY_DOLLAR}"}, "spread": {"what": "model.generationConfig", "over": "modelProviders.openai"}, "json": {
           "$version": 4,
           "modelProviders": "{found:model_providers}",
           "general": {"enableAutoUpdate": false, "chatRecording": false},
@@ -2087,6 +2089,21 @@ def fill_lines(spec: Mapping[str, Any], variables: Variables) -> Any:
     return "".join(json.dumps(line) + "\n" for line in lines) or MISSING
 
 
+def escaping(lookup: Lookup, marks: Mapping[str, str]) -> Lookup:
+    """The same lookup, with every one of `marks` in a client's words replaced. gemini and qwen put environment variables, keys among
+    them, in place of $NAME and ${NAME} in their settings, once over; the person's own settings (`found`) may ask for that."""
+    def escaped(value: Any) -> Any:
+        if isinstance(value, str):
+            for mark, instead in marks.items():
+                value = value.replace(mark, instead)
+        elif isinstance(value, list):
+            return [escaped(v) for v in value]
+        elif isinstance(value, dict):
+            return {k: escaped(v) for k, v in value.items()}
+        return value
+    return lambda name, arg: lookup(name, arg) if name == "found" else escaped(lookup(name, arg))
+
+
 def spread(value: Any, what: str = "", over: str = "") -> Any:
     """`value` with what stands at the path `what` laid over the same key of every item of the list at the path `over`.
 
@@ -2153,7 +2170,7 @@ def make_launch(turn: Turn, strategy: Strategy, binary: str, place: str, variabl
         if isinstance(spec, dict) and "lines" in spec:
             content = fill_lines(spec, variables)
         elif isinstance(spec, dict):
-            content = spread(fill(spec["json"], lookup), **spec.get("spread", {}))
+            content = spread(fill(spec["json"], escaping(lookup, spec.get("escape", {}))), **spec.get("spread", {}))
             content = content if content is MISSING else json.dumps(content)
         else:
             content = fill(spec, lookup)
