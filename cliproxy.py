@@ -2639,6 +2639,8 @@ class Router:
             return self._ready(self.providers[model]), ""
         prefix, slash, rest = model.partition("/")
         if slash and prefix in self.providers:
+            if rest.startswith("-"):        # a CLI would take it for a flag
+                raise ModelNotFound(f"the model `{model}` does not exist here", "no name of a model begins with -", ModelNotFound.advice, param="model")
             provider = self._ready(self.providers[prefix])
             return provider, provider.row["models"].get("aliases", {}).get(rest, rest)
         for candidates in (self.installed(), self.providers.values()):      # an installed one first; else say what to install
