@@ -1433,6 +1433,15 @@ def _kill_group(pid: int, sig: int) -> None:
         pass                                # gone already; macOS says EPERM of a group of zombies
 
 
+def _remove(root: str) -> None:
+    """Remove the directory of all places; again, if something was made in it meanwhile: by a CLI as it was killed, by a probe at start-up."""
+    for _ in range(20):
+        shutil.rmtree(root, ignore_errors=True)
+        if not os.path.exists(root):
+            return
+        time.sleep(0.05)
+
+
 class _SpawnerProcess:
     """The loop of the spawner. Everything here runs in its own process, in one thread."""
 
@@ -1557,7 +1566,7 @@ class _SpawnerProcess:
                 time.sleep(0.01)
         for pid in self._alive:
             _kill_group(pid, signal.SIGKILL)
-        shutil.rmtree(self._root, ignore_errors=True)
+        _remove(self._root)
 
 
 class Spawner:
@@ -1636,7 +1645,7 @@ class Spawner:
             os.waitpid(self.pid, 0)
         except ChildProcessError:
             pass
-        shutil.rmtree(self.root, ignore_errors=True)
+        _remove(self.root)
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
