@@ -604,11 +604,13 @@ BUILTIN_PROVIDERS = r'''{
           "stdin": "{prompt}",
           "split": "^\\s*/",
           "drop": ["^\\[STARTUP\\]"],
+          "failed": "(?m)^\\[ERROR\\] (.+)",
           "stream": true
         }
       ],
       "errors": [
         {"error": "not_logged_in", "exit": [41]},
+        {"error": "refusal", "match": "blocked due to safety"},
         {"error": "authentication", "match": "API_KEY_INVALID"}
       ],
       "status": "(?m)\"code\": ?(\\d{3})\\b|^  (?:status|code): (\\d{3})\\b",
@@ -897,7 +899,7 @@ _EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "hold?"
                "must_be_empty?": str, "reset?": str, "error?": {"message": str, "status?": str, "kind?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
 _STRATEGY = {"driver": _driver_name, "argv": _launch_args, "stdin?": _template, "images?": bool, "split?": _regex, "guard?": _regex,
-             "events?": [_EVENT_RULE], "begin?": _regex, "end?": _regex, "drop?": [_regex], "stream?": bool, "terminal?": [str]}
+             "events?": [_EVENT_RULE], "begin?": _regex, "end?": _regex, "drop?": [_regex], "failed?": _regex, "stream?": bool, "terminal?": [str]}
 _PROVIDER = {
     "title?": str, "binary": str, "install?": str, "login?": str,
     "version?": {"argv": [str], "match": _regex, "tested?": [str]},
@@ -2456,12 +2458,13 @@ class PlainText:
     """One process a turn on a terminal; what it prints, cleaned of escapes and of the lines the strategy drops, is the answer.
 
     `begin` and `end` are the lines between which the answer stands, `drop` the lines in it that are none (spinners, prompts).
-    With stream false nothing is passed on before the CLI has ended well, because some print their errors as an answer.
+    `failed` finds on stderr what went wrong where the exit status does not tell. With stream false nothing is passed on before the
+    CLI has ended well, because some print their errors as an answer.
     """
 
     def __init__(self, turn: Turn, strategy: Strategy):
         self._provider, row = turn.provider, strategy.row
-        self._begin, self._end = (re.compile(row[k]) if k in row else None for k in ("begin", "end"))
+        self._begin, self._end, self._failed = (re.compile(row[k]) if k in row else None for k in ("begin", "end", "failed"))
         self._drop = [re.compile(p) for p in row.get("drop", [])]
         self._stream, self._started, self._ended = row.get("stream", False), "begin" not in row, False
         self._gap, self._said = "", []      # type: Tuple[str, List[str]]
@@ -2483,6 +2486,9 @@ class PlainText:
         status = child.wait(2.0)
         if status != 0:
             raise no_answer(self._provider, child, "\n".join(self._said), 0)
+        failed = self._failed.search(child.errors()) if self._failed else None
+        if failed:
+            raise classify(self._provider, failed.group(1)) or ProviderError(f"{self._provider.name} failed", failed.group(1)[:600], ProviderError.advice)
         yield from last
         if not self._stream and self._said:
             yield Text("\n".join(self._said).rstrip("\n"))
