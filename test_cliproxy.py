@@ -1314,7 +1314,7 @@ class Waiter(threading.Thread):
     """Takes a slot in a thread of its own and says what came of it."""
 
     def __init__(self, slots, limits=None):
-        super().__init__()
+        super().__init__(daemon=True)
         self.slots, self.scope, self.outcome = slots, cliproxy.Scope(limits or {}), None
         self.start()
 
@@ -1595,7 +1595,7 @@ def test_many_threads_may_spawn_at_once(spawner):
     def one(i):
         for j in range(5):
             outcomes.append(shell(spawner, f"echo {i}.{j}; exit {i}") == (b"%d.%d\n" % (i, j), "", i))
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
+    threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(8)]
     for t in threads:
         t.start()
     for t in threads:
@@ -3158,7 +3158,7 @@ def test_many_clients_that_come_and_go_leave_nothing(proxy):
     def several():
         for _ in range(30):
             client()
-    threads = [threading.Thread(target=several) for _ in range(4)]
+    threads = [threading.Thread(target=several, daemon=True) for _ in range(4)]
     for t in threads:
         t.start()
     for t in threads:
