@@ -3202,6 +3202,7 @@ DIALECTS = {"/chat/completions": ChatCompletions()}
 
 IDLE_SECONDS, HEAD_SECONDS, BODY_SECONDS, WRITE_SECONDS = 120.0, 20.0, 120.0, 120.0     # time-outs for slow and for absent clients
 LINGER_SECONDS = 2.0        # for a client that is still sending what was refused
+STOP_POLL = 0.2             # seconds between a listener's looks at whether it is to stop
 COMMIT_AFTER = 30.0         # seconds without an event until a stream gets its 200 and keep-alives; clients give up after 60
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 PATHS = {"/chat/completions": ("POST",), "/models": ("GET",), "/health": ("GET",), "/": ("GET",)}
@@ -3835,7 +3836,7 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
         signals: queue.SimpleQueue = queue.SimpleQueue()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda n, _: signals.put(n))
-        threads = [threading.Thread(target=listener.serve_forever, name=f"listen-{listener.server_address[0]}", daemon=True) for listener in listeners]
+        threads = [threading.Thread(target=listener.serve_forever, args=(STOP_POLL,), name=f"listen-{listener.server_address[0]}", daemon=True) for listener in listeners]
         for t in threads:
             t.start()
         base = f"http://{'localhost' if listeners[0].is_loopback else settings.host}:{ports[0]}/v1"
@@ -3843,8 +3844,11 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
         threading.Thread(target=_greet, args=(state,), name="look", daemon=True).start()
         _wait_for_signal(signals, spawner)
         state.stopping.set()
-        for listener in listeners:
-            listener.shutdown()
+        closers = [threading.Thread(target=listener.shutdown) for listener in listeners]     # all at once, because each waits for its poll
+        for t in closers:
+            t.start()
+        for t, listener in zip(closers, listeners):
+            t.join()
             listener.server_close()
         if state.running:
             log(event="stopping", running=state.running, drain_seconds=settings.drain)
