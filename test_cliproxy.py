@@ -282,8 +282,8 @@ except ImportError:
     with_pytest()
 
 if __name__ == "__main__":
-    # -p and -o stand here because there is no configuration file: nothing but what is tested lies beside this file.
-    sys.dont_write_bytecode = True
+    # All of this stands here because there is no configuration file; and nothing may be written beside this file.
+    sys.dont_write_bytecode, os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = True, "1"
     which = [] if any(word.startswith("-m") for word in sys.argv[1:]) else ["-m", "not real"]
     sys.exit(pytest.main([__file__, "-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", os.path.dirname(os.path.abspath(__file__)),
                           "-o", "markers=real: needs a real CLI on the PATH", *which, *sys.argv[1:]]))
