@@ -3682,8 +3682,8 @@ def open_listeners(settings: Settings, state: State) -> List[Listener]:
     if settings.host:
         try:
             found = socket.getaddrinfo(settings.host, None, type=socket.SOCK_STREAM)
-        except OSError as e:
-            raise ConfigError(f"the host {settings.host} is unknown: {e.strerror}") from None
+        except (OSError, UnicodeError) as e:        # no name could be so
+            raise ConfigError(f"the host {settings.host} is unknown: {getattr(e, 'strerror', None) or e}") from None
         targets = list(dict.fromkeys((info[0], info[4][0]) for info in found))      # type: ignore[misc]
     listeners: List[Listener] = []
     for family, host in targets:
