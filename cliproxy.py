@@ -41,6 +41,7 @@ import argparse
 import base64
 import binascii
 import codecs
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -48,18 +49,23 @@ import fnmatch
 import glob
 import hashlib
 import hmac
+import http.client
 import io
+import itertools
 import json
 import os
 import pty
 import queue
 import re
+import resource
 import selectors
 import shutil
 import signal
 import socket
 import socketserver
+import statistics
 import struct
+import subprocess
 import tempfile
 import termios
 import threading
@@ -383,6 +389,39 @@ BUILTIN_PROVIDERS = r'''{
       "set": {"TERM": "dumb", "NO_COLOR": "1", "TMPDIR": "{dir}/tmp"}
     },
     "slots": 8,
+    "drivers": {
+      "acp": {
+        "start": [{"call": "initialize", "take": {}, "params": {"protocolVersion": 1, "clientCapabilities": {"fs": {"readTextFile": false, "writeTextFile": false}, "terminal": false}}}],
+        "open": [{"call": "session/new", "params": {"cwd": "{dir}/work", "mcpServers": []}, "take": {"session": "sessionId"}}],
+        "ask": [
+          {"unless": "live", "call": "session/prompt", "params": {"sessionId": "{session}", "prompt": [{"type": "text", "text": "{transcript}"}]}, "answer": true},
+          {"if": "live", "call": "session/prompt", "params": {"sessionId": "{session}", "prompt": ["{*last:anthropic}"]}, "answer": true}],
+        "cancel": [{"notify": "session/cancel", "params": {"sessionId": "{session}"}}],
+        "route": "params.sessionId",
+        "plain_only": true,
+        "failure": {"message": ["error.data.details", "error.data.message", "error.message"], "status": "error.code"},
+        "slots": 256,
+        "events": [
+          {"if": {"params.update.sessionUpdate": "agent_message_chunk", "params.update._meta.usage": {"exists": true}}, "text": "params.update.content.text", "usage": {
+            "input": "params.update._meta.usage.inputTokens", "output": "params.update._meta.usage.outputTokens",
+            "cached": "params.update._meta.usage.cachedReadTokens", "reasoning": "params.update._meta.usage.thoughtTokens"}},
+          {"if": {"params.update.sessionUpdate": "agent_message_chunk"}, "text": "params.update.content.text"},
+          {"if": {"params.update.sessionUpdate": "agent_thought_chunk"}, "thinking": "params.update.content.text"},
+          {"if": {"method": "session/request_permission"}, "reject": "params.options"},
+          {"if": {"method": "session/update"}, "skip": true},
+          {"if": {"result._meta.quota.model_usage": [[]], "result.stopReason": "end_turn"}, "error": {"words": "its answer ended without a finish reason"}},
+          {"if": {"result.stopReason": "max_tokens", "result._meta.quota.token_count.output_tokens": 0}, "error": {"words": "the prompt is too long"}},
+          {"if": {"result._meta.quota": {"exists": true}, "result.stopReason": "end_turn"}, "usage": {
+            "input": "result._meta.quota.token_count.input_tokens", "output": "result._meta.quota.token_count.output_tokens"}, "done": "stop"},
+          {"if": {"result.stopReason": "max_tokens"}, "done": "length"},
+          {"if": {"result.stopReason": "refusal"}, "done": "content_filter"},
+          {"if": {"result.stopReason": "cancelled"}, "error": {"words": "it ended the turn without an answer"}},
+          {"if": {"result.stopReason": {"exists": true}}, "usage": {"input": "result.usage.inputTokens", "output": "result.usage.outputTokens"}, "done": "stop"},
+          {"if": {"error.data.details": {"match": "Model stream ended with empty response text"}}, "done": "stop"},
+          {"if": {"error": {"exists": true}}, "error": {"message": ["error.data.details", "error.data.message", "error.message"], "status": "error.code"}}
+        ]
+      }
+    },
     "timeouts": {"queue": 60, "start": 60, "first": 600, "idle": 300, "total": 3600},
     "errors": [
       {"error": "parameter", "match": "^(?=.*(?:unsupported|not support|may only be set|cannot both be|not allowed|deprecated)).*?\\b(?P<parameter>temperature|top_p|seed|stop_sequences|presence_penalty|frequency_penalty|reasoning_effort|response_format|logit_bias)\\b"},
@@ -448,7 +487,7 @@ BUILTIN_PROVIDERS = r'''{
         }
       },
       "derive": {
-        "thinking": {"from": "effort", "map": {"none": "0", "minimal": "0"}},
+        "thinking": {"from": "effort", "map": {"none": 0, "minimal": 0}},
         "level": {"from": "effort", "map": {"low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}}
       },
       "files": {
@@ -461,33 +500,64 @@ BUILTIN_PROVIDERS = r'''{
           "end": {"type": "assistant", "uuid": "{id}", "parentUuid": "{parent}", "sessionId": "{uuid}", "timestamp": "2026-01-01T00:00:00.000Z", "isApiErrorMessage": true,
                   "message": {"id": "msg_{id}", "type": "message", "role": "assistant", "model": "<synthetic>", "content": [{"type": "text", "text": "x"}]}}}]}
       },
+      "events": [
+        {"if": {"event.delta.type": "text_delta"}, "text": "event.delta.text"},
+        {"if": {"event.delta.type": "thinking_delta"}, "thinking": "event.delta.thinking"},
+        {"if": {"type": "system", "subtype": "init"}, "must_be_empty": "tools"},
+        {"if": {"event.type": "message_start"}, "usage": {
+          "input": ["event.message.usage.input_tokens", "event.message.usage.cache_read_input_tokens", "event.message.usage.cache_creation_input_tokens"],
+          "cached": "event.message.usage.cache_read_input_tokens"}},
+        {"if": {"event.type": "message_delta", "event.delta.stop_reason": ["max_tokens", "model_context_window_exceeded"]},
+         "usage": {"output": "event.usage.output_tokens"}, "done": "length", "kill": true},
+        {"if": {"event.type": "message_delta", "event.delta.stop_reason": "refusal"}, "usage": {"output": "event.usage.output_tokens"}, "done": "content_filter", "kill": true},
+        {"if": {"event.type": "message_delta", "@text": false}, "usage": {"output": "event.usage.output_tokens"}, "done": "stop", "kill": true},
+        {"if": {"event.type": "message_delta"}, "usage": {"output": "event.usage.output_tokens"}, "done": "stop"},
+        {"if": {"type": "rate_limit_event", "rate_limit_info.status": "rejected"}, "reset": "rate_limit_info.resetsAt"},
+        {"if": {"type": "result", "is_error": true}, "error": {"message": "result", "status": "api_error_status", "kind": "error"}},
+        {"if": {"type": "result", "stop_reason": "refusal"}, "done": "content_filter"},
+        {"if": {"type": "result"}, "done": "stop"},
+        {"if": {"type": ["system", "stream_event", "assistant", "user", "rate_limit_event", "control_response"]}, "skip": true}
+      ],
       "args": ["--tools", "", "--no-session-persistence", "--strict-mcp-config", "--setting-sources", "", "--disable-slash-commands",
                "--model", "{model}", ["--system-prompt-file", "{file:system.md}"], {"unless": "system", "argv": ["--system-prompt", ""]},
                ["--effort", "{level}"], ["--resume", "{file:history.jsonl}"]],
       "strategies": [
         {
+          "driver": "claude-stream",
+          "images": true,
+          "slots": 20,
+          "resident": {"conversations": 1, "memory_mb": 400},
+          "argv": ["-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose", "--include-partial-messages",
+                   "--tools", "", "--no-session-persistence", "--strict-mcp-config", "--setting-sources", "project", "--disable-slash-commands"],
+          "files": {"system.md": null, "history.jsonl": null},
+          "env": {"MAX_THINKING_TOKENS": null, "CLAUDE_CODE_MAX_OUTPUT_TOKENS": null, "CLAUDE_CODE_EXTRA_BODY": null},
+          "start": [
+            {"call": "initialize", "params": {"systemPrompt": [""]}, "take": {}},
+            {"call": "apply_flag_settings", "params": {"settings": {"env": {"CLAUDE_CODE_EXTRA_BODY": ""}}}, "take": {}},
+            {"line": {"type": "user", "uuid": "{uuid}", "shouldQuery": false, "message": {"role": "user", "content": [{"type": "text", "text": "x"}]}}, "until": true}],
+          "open": [
+            {"line": {"type": "system", "subtype": "compact_boundary", "compact_metadata": {"trigger": "manual", "pre_tokens": 0}, "uuid": "{new_uuid}"}},
+            {"if": "system", "replace": {"work/.claude/agents/dyn.md": "---\nname: {system_name}\ndescription: d\n---\n{system}"}, "call": "reload_plugins"},
+            {"call": "apply_flag_settings", "params": {"settings": {"agent": "{system_name|null}", "effortLevel": "{level|null}", "env": {
+              "CLAUDE_CODE_MAX_OUTPUT_TOKENS": {"text": "{max_tokens|}"},
+              "CLAUDE_CODE_EXTRA_BODY": {"json": {"temperature": "{temperature}", "top_p": "{top_p}", "stop_sequences": "{stop}"}, "else": ""}}}}},
+            {"call": "set_model", "params": {"model": "{model}"}},
+            {"call": "set_max_thinking_tokens", "params": {"max_thinking_tokens": "{thinking|null}"}},
+            {"line": {"type": "system", "subtype": "compact_boundary", "compact_metadata": {"trigger": "manual", "pre_tokens": 0}, "uuid": "{new_uuid}"}}],
+          "ask": [
+            {"for": "history:anthropic",
+             "user": [{"line": {"type": "user", "uuid": "{id}", "shouldQuery": false, "message": {"role": "user", "content": ["{*content}", {"type": "text", "text": ""}]}}, "until": true}],
+             "assistant": [{"line": {"type": "assistant", "uuid": "{id}", "message": {"id": "msg_{id}", "type": "message", "role": "assistant", "model": "claude",
+                            "content": "{content}", "stop_reason": null, "usage": {"input_tokens": 0, "output_tokens": 0}}}}]},
+            {"line": {"type": "user", "uuid": "{new_uuid}", "message": {"role": "user", "content": ["{*last:anthropic}", {"type": "text", "text": ""}]}}, "answer": true}],
+          "cancel": [{"call": "interrupt"}],
+          "ends": {"type": "result"}
+        },
+        {
           "driver": "jsonl",
           "images": true,
           "argv": ["-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose", "--include-partial-messages", "@args"],
-          "stdin": [{"type": "user", "uuid": "{uuid}", "message": {"role": "user", "content": ["{*last:anthropic}", {"type": "text", "text": ""}]}}],
-          "events": [
-            {"if": {"event.delta.type": "text_delta"}, "text": "event.delta.text"},
-            {"if": {"event.delta.type": "thinking_delta"}, "thinking": "event.delta.thinking"},
-            {"if": {"type": "system", "subtype": "init"}, "must_be_empty": "tools"},
-            {"if": {"event.type": "message_start"}, "usage": {
-              "input": ["event.message.usage.input_tokens", "event.message.usage.cache_read_input_tokens", "event.message.usage.cache_creation_input_tokens"],
-              "cached": "event.message.usage.cache_read_input_tokens"}},
-            {"if": {"event.type": "message_delta", "event.delta.stop_reason": ["max_tokens", "model_context_window_exceeded"]},
-             "usage": {"output": "event.usage.output_tokens"}, "done": "length", "kill": true},
-            {"if": {"event.type": "message_delta", "event.delta.stop_reason": "refusal"}, "usage": {"output": "event.usage.output_tokens"}, "done": "content_filter", "kill": true},
-            {"if": {"event.type": "message_delta", "@text": false}, "usage": {"output": "event.usage.output_tokens"}, "done": "stop", "kill": true},
-            {"if": {"event.type": "message_delta"}, "usage": {"output": "event.usage.output_tokens"}, "done": "stop"},
-            {"if": {"type": "rate_limit_event", "rate_limit_info.status": "rejected"}, "reset": "rate_limit_info.resetsAt"},
-            {"if": {"type": "result", "is_error": true}, "error": {"message": "result", "status": "api_error_status", "kind": "error"}},
-            {"if": {"type": "result", "stop_reason": "refusal"}, "done": "content_filter"},
-            {"if": {"type": "result"}, "done": "stop"},
-            {"if": {"type": ["system", "stream_event", "assistant", "user", "rate_limit_event", "control_response"]}, "skip": true}
-          ]
+          "stdin": [{"type": "user", "uuid": "{uuid}", "message": {"role": "user", "content": ["{*last:anthropic}", {"type": "text", "text": ""}]}}]
         },
         {
           "driver": "text",
@@ -560,12 +630,8 @@ BUILTIN_PROVIDERS = r'''{
               "auto-default": [{"model": "none", "isLastResort": true, "actions": {"terminal": "prompt", "transient": "prompt", "not_found": "prompt", "unknown": "prompt"}, "stateTransitions": {"terminal": "terminal", "transient": "terminal", "not_found": "terminal", "unknown": "terminal"}}],
               "lite": [{"model": "none", "isLastResort": true, "actions": {"terminal": "prompt", "transient": "prompt", "not_found": "prompt", "unknown": "prompt"}, "stateTransitions": {"terminal": "terminal", "transient": "terminal", "not_found": "terminal", "unknown": "terminal"}}]
             },
-            "modelIdResolutions": {"{model}": {"default": "{model}", "contexts": []}},
-            "customAliases": {"{model}": {"extends": "{kind|chat-base}", "modelConfig": {"model": "{model}", "generateContentConfig": {
-              "temperature": "{temperature}", "topP": "{top_p}", "maxOutputTokens": "{max_tokens}", "stopSequences": "{stop}", "seed": "{seed}",
-              "presencePenalty": "{presence_penalty}", "frequencyPenalty": "{frequency_penalty}",
-              "responseMimeType": "{json_mime}", "responseJsonSchema": "{schema}",
-              "thinkingConfig": {"thinkingBudget": "{budget}", "thinkingLevel": "{level}"}}}}}
+            "modelIdResolutions": {"each": "models", "as": {"{item}": {"default": "{item}", "contexts": []}}},
+            "customAliases": "{profiles}"
           },
           "privacy": {"usageStatisticsEnabled": false}, "telemetry": {"enabled": false}, "skills": {"enabled": false},
           "hooksConfig": {"enabled": false}, "ide": {"enabled": false}, "useWriteTodos": false, "ui": {"showCompatibilityWarnings": false}
@@ -578,8 +644,40 @@ BUILTIN_PROVIDERS = r'''{
            "assistant": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "gemini", "content": "{content}"},
            "end": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "user", "content": [{"text": "x", "thought": true}]}}]}
       },
+      "profile": {"extends": "{kind|chat-base}", "modelConfig": {"model": "{model}", "generateContentConfig": {
+        "temperature": "{temperature}", "topP": "{top_p}", "maxOutputTokens": "{max_tokens}", "stopSequences": "{stop}", "seed": "{seed}",
+        "presencePenalty": "{presence_penalty}", "frequencyPenalty": "{frequency_penalty}",
+        "responseMimeType": "{json_mime}", "responseJsonSchema": "{schema}",
+        "thinkingConfig": {"thinkingBudget": "{budget}", "thinkingLevel": "{level}"}}}},
       "args": ["-m", "{model}", "-p", "", "--session-file", "{file:history.jsonl}"],
       "strategies": [
+        {
+          "driver": "acp",
+          "images": true,
+          "argv": ["--acp", "-m", "gemini-2.5-pro"],
+          "files": {"history.jsonl": null},
+          "guard": "\\s*[/$?]|<(session|hook)_context>",
+          "resident": {"spares": 12, "turns": 400},
+          "open": [
+            {"lock": true, "session": "{short}", "replace": {"system.md": "{system|}"},
+             "files": {"home/.gemini/tmp/work/chats/session-{short}.jsonl": {"lines": [
+               {"sessionId": "{short}", "projectHash": "x", "startTime": "2026-01-01T00:00:00.000Z", "lastUpdated": "2026-01-01T00:00:00.000Z", "kind": "main"},
+               {"id": "d04923d38bb0f6017037e74183378ef4", "timestamp": "2026-01-01T00:00:00.000Z", "type": "user", "content": [{"text": "x", "thought": true}]},
+               {"for": "messages:gemini",
+                "user": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "user", "content": [{"text": "x", "thought": true}, "{*content}"]},
+                "assistant": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "gemini", "content": "{content}"}},
+               {"if": "ends_in_result", "line": {"id": "end", "timestamp": "2026-01-01T00:00:00.000Z", "type": "user", "content": [{"text": "x", "thought": true}]}}]}},
+             "call": "session/load", "params": {"sessionId": "{session}", "cwd": "{dir}/work", "mcpServers": []},
+             "updates": {"if": {"method": "session/update", "params.update.sessionUpdate": ["user_message_chunk", "agent_message_chunk", "agent_thought_chunk", "tool_call", "tool_call_update"]}, "of": "messages:gemini", "and": 1}},
+            {"remove": ["home/.gemini/tmp/work/chats/session-*{short}.jsonl"]}],
+          "ask": [
+            {"lock": true, "replace": {"system.md": "{system|}"}, "call": "session/set_model", "params": {"sessionId": "{session}", "modelId": "{profile}"}},
+            {"call": "session/set_mode", "params": {"sessionId": "{session}", "modeId": "{flip:autoEdit/default}"}, "as": "mode"},
+            {"if": "fresh", "call": "session/prompt", "params": {"sessionId": "{session}", "prompt": [{"type": "text", "text": ""}]}, "answer": true},
+            {"unless": "fresh", "call": "session/prompt", "params": {"sessionId": "{session}", "prompt": ["{*last:anthropic}"]}, "answer": true},
+            {"await": "mode", "drop": true, "unlock": true}],
+          "litter": ["tmp/gemini-client-error-*.json"]
+        },
         {
           "driver": "jsonl",
           "images": true,
@@ -611,6 +709,8 @@ BUILTIN_PROVIDERS = r'''{
       "errors": [
         {"error": "not_logged_in", "exit": [41]},
         {"error": "refusal", "match": "blocked due to safety"},
+        {"error": "not_logged_in", "match": "API key is missing or not configured"},
+        {"error": "unreachable", "match": "^terminated$|fetch failed"},
         {"error": "authentication", "match": "API_KEY_INVALID"}
       ],
       "status": "(?m)\"code\": ?(\\d{3})\\b|^  (?:status|code): (\\d{3})\\b",
@@ -657,8 +757,7 @@ BUILTIN_PROVIDERS = r'''{
           {"timestamp": "2026-01-01T00:00:00.000Z", "type": "session_meta", "payload": {"id": "{uuid}", "timestamp": "2026-01-01T00:00:00.000Z", "cwd": "{dir}/work", "originator": "codex_exec", "cli_version": "0.169.0", "source": "exec", "model_provider": "{found:provider|cliproxy}"}},
           {"for": "history:responses", "each": {"timestamp": "2026-01-01T00:00:00.000Z", "type": "response_item", "payload": "{item}"}}]}
       },
-      "args": ["--skip-git-repo-check", "--ignore-rules",
-        "-c", "sandbox_mode=\"read-only\"", "-c", "approval_policy=\"never\"",
+      "args": ["-c", "sandbox_mode=\"read-only\"", "-c", "approval_policy=\"never\"",
         "-c", "include_permissions_instructions=false", "-c", "include_environment_context=false", "-c", "include_apps_instructions=false",
         "-c", "include_collaboration_mode_instructions=false", "-c", "skills.include_instructions=false", "-c", "skills.bundled.enabled=false",
         "-c", "project_doc_max_bytes=0", "-c", "web_search=\"disabled\"", "-c", "history.persistence=\"none\"", "-c", "analytics.enabled=false",
@@ -678,17 +777,54 @@ BUILTIN_PROVIDERS = r'''{
           "model_providers.cliproxy={name=\"OpenAI\",wire_api=\"responses\",requires_openai_auth=true,request_max_retries=0,stream_max_retries=0,stream_idle_timeout_ms=300000}"]},
         ["-c", "model_reasoning_effort=\"{level}\""],
         ["-c", "model_reasoning_summary=\"{summary}\""],
-        ["--output-schema", "{file:schema.json}"],
-        "-m", "{model}"],
+        ["--output-schema", "{file:schema.json}"]],
       "derive": {
         "level": {"from": "effort", "map": {"none": "none", "minimal": "minimal", "low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}},
         "summary": {"from": "effort", "map": {"low": "auto", "medium": "auto", "high": "auto", "xhigh": "auto", "max": "auto"}}
       },
       "strategies": [
         {
+          "driver": "codex-app-server",
+          "images": true,
+          "slots": 256,
+          "resident": {"spares": 4, "spare_for": "{model}"},
+          "argv": ["app-server", "-c", "thread_unload_delay_secs=0", "@args"],
+          "files": {"system.md": null, "schema.json": null, "home/sessions/2026/01/01/rollout-2026-01-01T00-00-00-{uuid}.jsonl": null},
+          "start": [
+            {"call": "initialize", "take": {}, "params": {"clientInfo": {"name": "cliproxy", "title": "cliproxy", "version": "0"}, "capabilities": {
+              "experimentalApi": true, "requestAttestation": false,
+              "optOutNotificationMethods": ["configWarning", "remoteControl/status/changed", "thread/started", "thread/status/changed", "item/started", "account/rateLimits/updated"]}}},
+            {"notify": "initialized"}],
+          "open": [{"call": "thread/start", "take": {"session": "thread.id"}, "params": {
+            "model": "{model}", "cwd": "{dir}/work", "approvalPolicy": "never", "sandbox": "read-only", "ephemeral": true, "baseInstructions": ""}}],
+          "ask": [
+            {"call": "thread/inject_items", "params": {"threadId": "{session}", "items": "{new:responses}"}},
+            {"call": "turn/start", "answer": true, "take": {"turn": "turn.id"}, "params": {
+              "threadId": "{session}", "input": [], "effort": "{level}", "summary": "{summary}", "outputSchema": "{schema}"}}],
+          "cancel": [{"call": "turn/interrupt", "params": {"threadId": "{session}", "turnId": "{turn}"}}],
+          "close": [{"call": "thread/unsubscribe", "params": {"threadId": "{session}"}}],
+          "route": "params.threadId",
+          "ends": {"method": "turn/completed"},
+          "failure": {"message": "error.message"},
+          "events": [
+            {"if": {"method": "item/agentMessage/delta"}, "text": "params.delta"},
+            {"if": {"method": ["item/reasoning/summaryTextDelta", "item/reasoning/textDelta"]}, "thinking": "params.delta"},
+            {"if": {"method": "thread/tokenUsage/updated"}, "usage": {
+              "input": "params.tokenUsage.last.inputTokens", "output": "params.tokenUsage.last.outputTokens",
+              "cached": "params.tokenUsage.last.cachedInputTokens", "reasoning": "params.tokenUsage.last.reasoningOutputTokens"}},
+            {"if": {"method": "turn/completed", "params.turn.status": "completed"}, "done": "stop"},
+            {"if": {"method": "turn/completed", "params.turn.error.message": {"match": "reason: max_output_tokens"}}, "done": "length"},
+            {"if": {"method": "turn/completed", "params.turn.error.message": {"match": "reason: content_filter"}}, "done": "content_filter"},
+            {"if": {"method": "turn/completed"}, "error": {"message": "params.turn.error.message", "status": [
+              "params.turn.error.codexErrorInfo.httpConnectionFailed.httpStatusCode", "params.turn.error.codexErrorInfo.responseTooManyFailedAttempts.httpStatusCode"]}},
+            {"if": {"method": ["turn/started", "item/started", "item/completed", "item/reasoning/summaryPartAdded", "error", "warning", "configWarning", "thread/status/changed",
+                               "thread/settings/updated", "thread/started", "thread/closed", "rawResponseItem/completed", "mcpServer/startupStatus/updated"]}, "skip": true}
+          ]
+        },
+        {
           "driver": "jsonl",
           "images": true,
-          "argv": ["exec", {"if": "history", "argv": ["resume", "{uuid}"]}, "--json", "@args", "-"],
+          "argv": ["exec", {"if": "history", "argv": ["resume", "{uuid}"]}, "--skip-git-repo-check", "--ignore-rules", "--json", "@args", "-m", "{model}", "-"],
           "stdin": "{prompt}",
           "events": [
             {"if": {"type": "item.completed", "item.type": "agent_message"}, "text": "item.text"},
@@ -703,7 +839,7 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "text",
           "images": true,
-          "argv": ["exec", {"if": "history", "argv": ["resume", "{uuid}"]}, "@args", "-"],
+          "argv": ["exec", {"if": "history", "argv": ["resume", "{uuid}"]}, "--skip-git-repo-check", "--ignore-rules", "@args", "-m", "{model}", "-"],
           "stdin": "{prompt}",
           "stream": false
         }
@@ -755,16 +891,16 @@ BUILTIN_PROVIDERS = r'''{
         "system.md": "{system|}",
         "settings.json": {"escape": {"$": "${CLIPROXY_DOLLAR}"}, "spread": {"what": "model.generationConfig", "over": "modelProviders.openai"}, "json": {
           "$version": 4,
-          "modelProviders": "{found:model_providers}",
+          "modelProviders": {"if": "messages:openai", "is": "{found:model_providers}"},
           "general": {"enableAutoUpdate": false, "chatRecording": false},
           "privacy": {"usageStatisticsEnabled": false}, "telemetry": {"enabled": false},
           "memory": {"enableManagedAutoMemory": false, "enableManagedAutoDream": false, "enableAutoSkill": false},
           "model": {"skipStartupContext": true, "skipNextSpeakerCheck": true, "skipLoopDetection": true,
                     "chatCompression": {"contextPercentageThreshold": 0},
-                    "generationConfig": {"maxRetries": 0, "customHeaders": {"x-cliproxy-hop": "{hop}"},
+                    "generationConfig": {"if": "messages:openai", "is": {"maxRetries": 0, "customHeaders": {"x-cliproxy-hop": "{hop}"},
                       "extra_body": {"messages": "{messages:openai}", "temperature": "{temperature}", "top_p": "{top_p}", "max_tokens": "{max_tokens}",
                                      "stop": "{stop}", "seed": "{seed}", "presence_penalty": "{presence_penalty}", "frequency_penalty": "{frequency_penalty}",
-                                     "response_format": "{response_format}", "reasoning_effort": "{effort}", "logit_bias": "{logit_bias}"}}},
+                                     "response_format": "{response_format}", "reasoning_effort": "{effort}", "logit_bias": "{logit_bias}"}}}},
           "context": {"fileName": ".cliproxy-no-context-file"}, "ide": {"enabled": false}, "disableAllHooks": true,
           "mcp": {"allowed": ["cliproxy"]},
           "permissions": {"deny": ["tool_search", "agent", "task_stop", "send_message", "skill", "list_directory", "read_file", "grep_search",
@@ -775,6 +911,21 @@ BUILTIN_PROVIDERS = r'''{
       "args": ["--extensions=none", ["-m", "{model}"]],
       "watch": {"files": "run/debug/*.txt", "match": "\\[RETRY\\] Attempt 1 failed with status \\d+[^\\n]*Error: (?P<message>(?P<status>\\d{3})[^\\n]*)"},
       "strategies": [
+        {
+          "driver": "acp",
+          "images": true,
+          "argv": ["--acp", "--extensions=none"],
+          "resident": {"turns": 500, "live": 0},
+          "open": [
+            {"files": {"s/{short}/.qwen/output-language.md": "", "s/{short}/.qwen/settings.json": {"escape": {"$": "${CLIPROXY_DOLLAR}"}, "spread": {"what": "model.generationConfig", "over": "modelProviders.openai"}, "json": {
+              "$version": 4, "modelProviders": "{found:model_providers}", "model": {"name": "{model}", "generationConfig": {"maxRetries": 0, "customHeaders": {"x-cliproxy-hop": "{hop}"},
+                "extra_body": {"messages": "{messages:openai}", "temperature": "{temperature}", "top_p": "{top_p}", "max_tokens": "{max_tokens}",
+                  "stop": "{stop}", "seed": "{seed}", "presence_penalty": "{presence_penalty}", "frequency_penalty": "{frequency_penalty}",
+                  "response_format": "{response_format}", "reasoning_effort": "{effort}", "logit_bias": "{logit_bias}"}}}}}},
+             "call": "session/new", "params": {"cwd": "{dir}/s/{short}", "mcpServers": []}, "take": {"session": "sessionId"}},
+            {"remove": ["s/{short}"]}],
+          "ask": [{"call": "session/prompt", "answer": true, "params": {"sessionId": "{session}", "prompt": [{"type": "text", "text": ""}, {"type": "text", "text": "{transcript}"}]}}]
+        },
         {
           "driver": "jsonl",
           "images": true,
@@ -817,6 +968,13 @@ BUILTIN_PROVIDERS = r'''{
       "args": ["-I", "-S", "{self}", "_echo"],
       "strategies": [
         {
+          "driver": "acp",
+          "argv": ["@args", "--acp"],
+          "resident": {"live": 0, "spares": 4},
+          "ask": [{"call": "session/prompt", "answer": true, "params": {"sessionId": "{session}", "prompt": [{"type": "text", "text": "{transcript}"}],
+                                                                        "_meta": {"messages": "{messages:openai}"}}}]
+        },
+        {
           "driver": "jsonl",
           "argv": ["@args", "--json"],
           "stdin": [{"messages": "{messages:openai}"}],
@@ -847,9 +1005,11 @@ class ConfigError(Exception):
 HOLE = re.compile(r"\{(\*?)([a-z_]+)(?::([A-Za-z0-9_./-]+))?(?:\|([^{}]*))?\}")
 PARAMETERS = ("temperature", "top_p", "max_tokens", "stop", "seed", "presence_penalty", "frequency_penalty", "effort",
               "response_format", "logit_bias")
+RESIDENT_DRIVERS, PROCESS_DRIVERS = ("acp", "codex-app-server", "claude-stream"), ("jsonl", "text")    # ways to talk; see WIRES and DRIVERS
 FORMATS = ("anthropic", "gemini", "openai", "responses")
 VARIABLES = {"dir", "self", "python", "uuid", "hop", "env", "file", "found", "prepared", "model", "system", "prompt",
-             "transcript", "messages", "history", "last", "schema", "json_mime", "item", "id", "parent", "content", *PARAMETERS}
+             "transcript", "messages", "history", "last", "new", "schema", "json_mime", "item", "id", "parent", "content", *PARAMETERS,
+             "plain", "fresh", "live", "ends_in_result", "profile", "profiles", "models", "flip", "system_name", "new_uuid", "session", "turn", "short"}
 
 
 def _regex(value: Any, path: str) -> None:
@@ -888,18 +1048,37 @@ def _error_class(value: Any, path: str) -> None:
 
 
 def _driver_name(value: Any, path: str) -> None:
-    if not isinstance(value, str) or value not in DRIVERS:
-        raise ConfigError(f"{path}: expected one of {', '.join(DRIVERS)}, found {_show(value)}")
+    names = (*RESIDENT_DRIVERS, *PROCESS_DRIVERS)
+    if not isinstance(value, str) or value not in names:
+        raise ConfigError(f"{path}: expected one of {', '.join(names)}, found {_show(value)}")
 
 
+def _field_paths(value: Any, path: str) -> None:
+    """Where a value stands in a line: a path, or several, of which the first that is there counts."""
+    if not isinstance(value, str):
+        check(value, [str], path)
+
+
+def _steps(value: Any, path: str) -> None:
+    """What is written to a resident, one after the other; see Talk._step."""
+    check(value, [_STEP], path)
+
+
+_STEP = {"call?": str, "notify?": str, "line?": _template, "params?": _template, "as?": str, "take?": {"*": str}, "answer?": bool,
+         "await?": str, "drop?": bool, "until?": bool, "updates?": {"if": {"*": _event_test}, "of": str, "and": int},
+         "session?": str, "files?": {"*": _template}, "replace?": {"*": _template}, "remove?": [str], "lock?": bool, "unlock?": bool,
+         "if?": str, "unless?": str, "for?": str, "user?": _steps, "assistant?": _steps}
+_RESIDENT = {"conversations?": int, "openings?": int, "warm?": int, "spares?": int, "spare_for?": _template, "live?": int, "turns?": int, "age?": float, "idle?": float, "memory_mb?": int}
+_TALK = {"start?": _steps, "open?": _steps, "ask?": _steps, "cancel?": _steps, "close?": _steps, "route?": str, "plain_only?": bool,
+         "ends?": {"*": _event_test}, "failure?": {"message": _field_paths, "status?": _field_paths}, "resident?": _RESIDENT, "litter?": [str]}
 _ERROR_RULES = [{"error": _error_class, "match?": _regex, "status?": [int], "exit?": [int], "kind?": [str]}]
 _ENV = {"pass?": [str], "set?": {"*": _template}}
 _TIMEOUTS = {"queue?": float, "start?": float, "first?": float, "idle?": float, "total?": float}
 _EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool, "skip?": bool,
-               "must_be_empty?": str, "reset?": str, "error?": {"message": str, "status?": str, "kind?": str},
+               "must_be_empty?": str, "reset?": str, "reject?": str, "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
 _STRATEGY = {"driver": _driver_name, "argv": _launch_args, "stdin?": _template, "images?": bool, "split?": _regex, "guard?": _regex,
-             "events?": [_EVENT_RULE], "begin?": _regex, "end?": _regex, "drop?": [_regex], "failed?": _regex, "stream?": bool, "terminal?": [str]}
+             "files?": {"*": _template}, "env?": {"*": _template}, "slots?": int, **_TALK, "events?": [_EVENT_RULE], "begin?": _regex, "end?": _regex, "drop?": [_regex], "failed?": _regex, "stream?": bool, "terminal?": [str]}
 _PROVIDER = {
     "title?": str, "binary": str, "install?": str, "login?": str,
     "version?": {"argv": [str], "match": _regex, "tested?": [str]},
@@ -908,12 +1087,14 @@ _PROVIDER = {
     "env?": _ENV, "found?": {"*": {"file": str, "match?": _regex, "all?": bool, "json?": str}},
     "derive?": {"*": {"from": str, "map": {"*": _template}, "models?": _regex}},
     "links?": {"*": str}, "files?": {"*": _template}, "args?": _launch_args,
-    "prepare?": {"*": {"argv": [str], "each?": str, "set?": {"*": _template}, "drop?": [str]}},
+    "profile?": _template, "events?": [_EVENT_RULE], "prepare?": {"*": {"argv": [str], "each?": str, "set?": {"*": _template}, "drop?": [str]}},
     "watch?": {"files": str, "match": _regex}, "strategies": [_STRATEGY], "errors?": _ERROR_RULES, "exit_status?": {"*": int},
     "status?": _regex, "failure?": _regex, "slots?": int, "timeouts?": _TIMEOUTS,
 }
-PROVIDERS_SHAPE = {"version": int, "defaults?": {"env?": _ENV, "slots?": int, "timeouts?": _TIMEOUTS, "errors?": _ERROR_RULES, "reset?": [_regex]},
+PROVIDERS_SHAPE = {"version": int, "defaults?": {"env?": _ENV, "slots?": int, "timeouts?": _TIMEOUTS, "errors?": _ERROR_RULES, "reset?": [_regex],
+                                                 "drivers?": {"*": {**_TALK, "slots?": int, "events?": [_EVENT_RULE]}}},
                    "providers": {"*": _PROVIDER}}
+_TALK_TEMPLATES = ("start", "open", "ask", "cancel", "close")
 _JSON_NAMES = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -967,7 +1148,7 @@ def holes(template: Any) -> Iterator[Tuple[str, str]]:
     elif isinstance(template, dict):
         for key, item in template.items():
             yield from holes(key)
-            if key in ("if", "unless", "each", "for") and isinstance(item, str):
+            if key in ("if", "unless", "each", "for", "of") and isinstance(item, str):
                 name, _, arg = item.partition(":")
                 yield name, arg
             yield from holes(item)
@@ -982,15 +1163,11 @@ def dig(value: Any, path: Sequence[str]) -> Any:
     return value
 
 
-class EventRule:
-    """One row of a strategy's `events`: if these fields have these values, this is what the line means. The first that fits counts."""
+class LineTest:
+    """A condition on a JSON line: {"type": "result", "error": {"exists": true}, ...}, each a path and what stands there."""
 
-    def __init__(self, row: Mapping[str, Any]):
-        self.tests = [(tuple(path.split(".")), self._test(want)) for path, want in row["if"].items()]
-        self.row = row
-        self.paths = {k: tuple(row[k].split(".")) for k in ("text", "thinking", "hold", "must_be_empty", "reset") if k in row}
-        self.usage = {k: [tuple(p.split(".")) for p in ([v] if isinstance(v, str) else v)] for k, v in row.get("usage", {}).items()}
-        self.error = {k: tuple(v.split(".")) for k, v in row.get("error", {}).items()}
+    def __init__(self, wanted: Mapping[str, Any]):
+        self._tests = [(tuple(path.split(".")), self._test(want)) for path, want in wanted.items()]
 
     @staticmethod
     def _test(want: Any) -> Callable[[Any], bool]:
@@ -1004,7 +1181,18 @@ class EventRule:
         return lambda v: (v is not None) == want.get("exists", True)
 
     def fits(self, line: Mapping[str, Any]) -> bool:
-        return all(test(dig(line, path)) for path, test in self.tests)
+        return all(test(dig(line, path)) for path, test in self._tests)
+
+
+class EventRule(LineTest):
+    """One row of a strategy's `events`: if these fields have these values, this is what the line means. The first that fits counts."""
+
+    def __init__(self, row: Mapping[str, Any]):
+        super().__init__(row["if"])
+        self.row = row
+        self.paths = {k: tuple(row[k].split(".")) for k in ("text", "thinking", "hold", "must_be_empty", "reset", "reject") if k in row}
+        self.usage = {k: [tuple(p.split(".")) for p in ([v] if isinstance(v, str) else v)] for k, v in row.get("usage", {}).items()}
+        self.error = {k: [tuple(p.split(".")) for p in ([v] if isinstance(v, str) else v)] for k, v in row.get("error", {}).items() if k != "words"}
 
 
 @dataclass(frozen=True)
@@ -1020,6 +1208,11 @@ class Strategy:
     @property
     def images(self) -> bool:
         return bool(self.row.get("images"))
+
+    @property
+    def stays(self) -> bool:
+        """Does its process stay open for further requests?"""
+        return self.driver in RESIDENT_DRIVERS
 
 
 @dataclass(frozen=True)
@@ -1051,10 +1244,13 @@ def make_provider(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any]
     strategies = []
     for i, s in enumerate(row["strategies"]):
         where = f"{path}.strategies[{i}]"
-        if s["driver"] == "jsonl" and not s.get("events"):
-            raise ConfigError(f"{where}.events: is missing; a jsonl strategy needs rules that say what a line means")
+        s = merged(defaults.get("drivers", {}).get(s["driver"], {}), s)
+        s = {"events": row.get("events", []), **s, "files": {k: v for k, v in {**row.get("files", {}), **s.get("files", {})}.items() if v is not None},
+             "env": {k: v for k, v in {**row["env"]["set"], **s.get("env", {})}.items() if v is not None}}
+        if s["driver"] != "text" and not s.get("events"):
+            raise ConfigError(f"{where}.events: is missing; a {s['driver']} strategy needs rules that say what a line means")
         used, direct = set(), set()
-        for part in (row["env"]["set"], row.get("files", {}), row.get("args", []), s["argv"], s.get("stdin", "")):
+        for part in (s["env"], s["files"], row.get("args", []) if "@args" in s["argv"] else [], s["argv"], s.get("stdin", ""), row.get("profile", {}), *(s.get(k, []) for k in _TALK_TEMPLATES)):
             for var, _ in holes(part):
                 if var not in VARIABLES and var not in derived:
                     raise ConfigError(f"{where}: {{{var}}} is not a variable; expected one of {', '.join(sorted(VARIABLES | set(derived)))}")
@@ -1127,14 +1323,16 @@ class Scope:
     """The limits of one turn. `limits` are seconds: start, first (event), idle (between events), total.
 
     The client's socket is watched in every wait, so a client that goes away is noticed before the first word too.
-    Used by one thread; only cancel() may be called from another.
+    Used by one thread; only wake() and cancel() may be called from another.
     """
 
     def __init__(self, limits: Mapping[str, float], client: Optional[socket.socket] = None, keepalive: float = 10.0):
         self._limits, self._client, self._keepalive = limits, client, keepalive
         self._selector = selectors.DefaultSelector()
         self._wake, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
         self._selector.register(self._wake, selectors.EVENT_READ)
+        self._lock, self._cancelled = threading.Lock(), False
         if client is not None:
             self._selector.register(client, selectors.EVENT_READ)
         self._watched: Dict[int, int] = {}
@@ -1147,8 +1345,10 @@ class Scope:
 
     def __exit__(self, *exc: Any) -> None:
         self._selector.close()
-        os.close(self._wake)
-        os.close(self._waker)
+        with self._lock:                    # a late wake() must not write to a number that is another descriptor by now
+            os.close(self._wake)
+            os.close(self._waker)
+            self._waker = -1
 
     def enter(self, stage: str) -> None:
         """From now on the time-out `stage` counts: queue, start, first or idle. Silence is counted anew as well."""
@@ -1158,7 +1358,17 @@ class Scope:
 
     def cancel(self) -> None:
         """Make the current or next wait raise Cancelled. For other threads."""
-        os.write(self._waker, b"x")
+        self._cancelled = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Make the current or next wait return, with nothing ready. For other threads."""
+        with self._lock:
+            if self._waker >= 0:
+                try:
+                    os.write(self._waker, b"x")
+                except BlockingIOError:
+                    pass                    # so many are unread that it will wake up anyway
 
     def silent(self) -> bool:
         """True once for each keep-alive interval in which nothing came, as the last wait() found."""
@@ -1166,13 +1376,16 @@ class Scope:
         return silent
 
     def wait(self, reads: Iterable[int], writes: Iterable[int] = (), at_most: Optional[float] = None) -> frozenset:
-        """The descriptors that are ready; empty when it is time for a keep-alive, or `at_most` seconds have passed.
+        """The descriptors that are ready; empty after wake(), when it is time for a keep-alive, or `at_most` seconds have passed.
 
         Raises ClientGone, Cancelled, or TimedOut naming the time-out that was hit."""
         self._watch(reads, writes)
         until = time.monotonic() + at_most if at_most is not None else self._quiet
+        woken = False
         while True:
             now = time.monotonic()
+            if self._cancelled:
+                raise Cancelled
             if now >= self._deadline:
                 stage = "total" if self._deadline == self._end else self._stage
                 raise TimedOut(f"no answer within the {stage} time-out of {self._limits.get(stage, 0):g} s", do=TimedOut.advice)
@@ -1181,13 +1394,16 @@ class Scope:
                 if key.fileobj is self._client:
                     self._look_at_client()
                 elif key.fd == self._wake:
-                    raise Cancelled
+                    os.read(self._wake, 4096)
+                    woken = True
                 else:
                     ready.add(key.fd)
+            if self._cancelled:
+                raise Cancelled
             now = time.monotonic()
             if not ready and now >= self._quiet:        # begin the next interval here, or a caller that does not ask silent() would spin
                 self._quiet, self._silent, until = now + self._keepalive, True, now
-            if ready or now >= until:
+            if ready or woken or now >= until:
                 return frozenset(ready)
 
     def forget(self) -> None:
@@ -1698,8 +1914,22 @@ class Spawner:
         child.ended(status)
 
 
+def run_to_end(spawner: Spawner, argv: Sequence[str], env: Mapping[str, str], cwd: str, seconds: float, place: str = "") -> Tuple[Optional[int], str, str]:
+    """(exit status, stdout, stderr) of a command without input; status None after a time-out. OSError if it cannot be started."""
+    child, out, status = spawner.spawn(argv, env, cwd, place=place), b"", None      # type: Tuple[Child, bytes, Optional[int]]
+    with Scope({"start": seconds, "total": seconds}) as scope, child:
+        child.write(b"")
+        try:
+            for data in child.output(scope):
+                out += data
+            status = child.wait(2.0)
+        except TimedOut:
+            pass
+        return status, out.decode("utf-8", "replace"), child.errors()
+
+
 class Child:
-    """A running CLI: three descriptors and an exit status. Used by one thread; `with` makes sure that it ends.
+    """A running CLI: three descriptors and an exit status. Used by one thread, but for write(); `with` makes sure that it ends.
 
     Leaving the `with` block kills the group at once, unless release() has been called: then the CLI may end by itself
     (it may still have a login token to write) and is told to after `grace` seconds.
@@ -1709,7 +1939,7 @@ class Child:
         self.pid, self.place, self.status = pid, place, None    # type: Tuple[int, str, Optional[int]]
         self.stdin, self.stdout, self.stderr = fds
         self._spawner, self._left, self._exited = spawner, False, threading.Event()
-        self._to_write, self._close_stdin = memoryview(b""), True
+        self._to_write, self._close_stdin, self._writing = bytearray(), True, threading.Lock()
         self._errors, self._scope = b"", None       # type: Tuple[bytes, Optional[Scope]]
         for fd in set(fds):
             os.set_blocking(fd, False)
@@ -1723,9 +1953,10 @@ class Child:
             self._spawner.end(self.pid)
         if self._scope:
             self._scope.forget()            # a closed descriptor's number is soon another one's
-        for fd in {self.stdin, self.stdout, self.stderr} - {-1}:
-            os.close(fd)
-        self.stdin = self.stdout = self.stderr = -1
+        with self._writing:
+            for fd in {self.stdin, self.stdout, self.stderr} - {-1}:
+                os.close(fd)
+            self.stdin = self.stdout = self.stderr = -1
 
     def release(self, grace: float = 2.0) -> None:
         """The answer is complete: let it end by itself, for so many seconds."""
@@ -1749,9 +1980,21 @@ class Child:
         self._exited.wait(seconds)
         return self.status
 
-    def write(self, data: bytes) -> None:
-        """Queue data for stdin, then EOF. It is written while output() is being read, so neither side can block the other."""
-        self._to_write = memoryview(data)
+    def write(self, data: bytes, last: bool = True) -> None:
+        """Queue data for stdin and, if it is the last, EOF behind it. For any thread.
+
+        What the pipe does not take at once is written while output() is being read, so neither side can block the other."""
+        with self._writing:
+            if self.stdin < 0:
+                return                      # it has ended; whoever reads it is told
+            first = not self._to_write
+            self._to_write += data
+            self._close_stdin = last
+            if first and not last:
+                self._write_some()
+            left = bool(self._to_write)
+        if left and self._scope:
+            self._scope.wake()
 
     def errors(self) -> str:
         """The end of what it wrote to stderr, as clean text."""
@@ -1765,7 +2008,14 @@ class Child:
             writing = self.stdin >= 0 and (len(self._to_write) > 0 or self._close_stdin)
             ready = scope.wait(self._reads, [self.stdin] if writing else (), poll() if poll else None)
             if self.stdin in ready and writing:
-                self._write_some(scope)
+                with self._writing:
+                    self._write_some()
+                    if self._close_stdin and not self._to_write:
+                        self._close_stdin = False
+                        if self.stdin != self.stdout:
+                            scope.forget()
+                            os.close(self.stdin)
+                            self.stdin = -1
             if self.stderr in ready and self.stderr != self.stdout:
                 self._read_errors(scope)
             if self.stdout in ready:
@@ -1779,20 +2029,14 @@ class Child:
         scope.forget()
         self._drain_errors()
 
-    def _write_some(self, scope: Scope) -> None:
+    def _write_some(self) -> None:
         try:
             if self._to_write:
-                self._to_write = self._to_write[os.write(self.stdin, self._to_write[:1 << 16]):]
+                del self._to_write[:os.write(self.stdin, bytes(self._to_write[:1 << 16]))]
         except BlockingIOError:
             return
         except OSError:                     # it has closed its stdin, or ended: what it says next tells why
-            self._to_write = memoryview(b"")
-        if not self._to_write:
-            self._close_stdin = False
-            if self.stdin != self.stdout:
-                scope.forget()
-                os.close(self.stdin)
-                self.stdin = -1
+            self._to_write.clear()
 
     def _read_errors(self, scope: Scope) -> None:
         data = self._read(self.stderr)
@@ -1957,7 +2201,7 @@ def split_last(messages: Sequence[Message], before: Optional[str]) -> Tuple[Tupl
 class Variables:
     """What the holes of a turn's templates stand for. lookup(name, argument) gives the value or MISSING."""
 
-    def __init__(self, turn: Turn, strategy: Strategy, place: str, outside: Mapping[str, Any]):
+    def __init__(self, turn: Turn, strategy: Strategy, place: str, outside: Mapping[str, Any], seen: int = 0):
         self._request, self._place, self._outside = turn.request, place, outside
         self._files: Dict[str, str] = {}
         messages = turn.request.messages
@@ -1967,30 +2211,31 @@ class Variables:
         if prompt is not None and guard and re.match(guard, prompt):
             prompt = f"<user>\n{prompt}\n</user>"
         uses_prompt = any(name == "prompt" for name, _ in holes(strategy.row.get("stdin", "")))
-        start = 1 + max((i for i, m in enumerate(messages) if m.role in ("assistant", "tool")), default=-1)     # of what was said last
-        self._history: Sequence[Message] = (*messages[:lead], *history) if uses_prompt else messages[:start]
-        self._last: Sequence[Message] = messages[start:]
+        said_last = ("assistant",) if strategy.stays else ("assistant", "tool")
+        start = max(seen, 1 + max((i for i, m in enumerate(messages) if m.role in said_last), default=-1))      # of what was said last
+        self._history: Sequence[Message] = (*messages[:lead], *history) if uses_prompt else messages[seen:start]
+        self._last, self._new = messages[start:], messages[seen:]
+        said = [m for m in self._new if m.role != "system"]
+        plain = len(said) == 1 and said[0].role == "user" and all(isinstance(p, TextPart) for p in said[0].parts) and bool(said[0].text.strip())
         systems = [m.text for m in messages if m.role == "system" and m.text]
         form = turn.request.params.get("response_format") or {}
         self._values: Dict[str, Any] = {
-            "dir": place, "self": os.path.abspath(__file__), "python": sys.executable, "uuid": str(uuid.uuid4()), "model": turn.model or MISSING,
-            "system": "\n\n".join(systems) or MISSING,
-            "prompt": prompt if prompt else MISSING, "transcript": transcript(messages, guard),
+            "dir": place, "self": os.path.abspath(__file__), "python": sys.executable, "uuid": str(uuid.uuid4()), "short": uuid.uuid4().hex[:8],
+            "model": turn.model or MISSING, "system": "\n\n".join(systems) or MISSING, "prompt": prompt if prompt else MISSING,
             "schema": form.get("json_schema", {}).get("schema", MISSING) if form.get("type") == "json_schema" else MISSING,
             "json_mime": "application/json" if form.get("type") in ("json_object", "json_schema") else MISSING,
-            "history": True if self._history else MISSING}
-        self._derived = turn.provider.row.get("derive", {})
+            "history": True if self._history else MISSING,
+            "plain": True if plain and not (guard and re.match(guard, said[0].text)) else MISSING,
+            "ends_in_result": True if messages and any(isinstance(p, ResultPart) for p in messages[-1].parts) else MISSING}
+        self._derived, self._guard, self._profile = turn.provider.row.get("derive", {}), guard, turn.provider.row.get("profile", {})
         self._model = turn.model or ""
 
     def wrote(self, name: str, path: str) -> None:
         self._files[name] = path
 
-    def with_item(self, values: Mapping[str, Any]) -> Callable[[str, str], Any]:
-        return lambda name, arg: values[name] if name in values else self.lookup(name, arg)
-
     def lookup(self, name: str, arg: str) -> Any:
         if name in WIRE_GROUPS and arg:
-            messages = {"messages": self._request.messages, "history": self._history, "last": self._last}[name]
+            messages = {"messages": self._request.messages, "history": self._history, "last": self._last, "new": self._new}[name]
             shaped = WIRE_FORMATS[arg](messages)
             if name == "last":
                 return shaped[0]["content"] if shaped and shaped[0]["role"] == "user" else MISSING
@@ -2001,13 +2246,18 @@ class Variables:
             return os.environ.get(arg) or MISSING
         if name in self._values:
             return self._values[name]
+        if name == "transcript":
+            return transcript(self._request.messages, self._guard)
         if name in self._derived:
             row = self._derived[name]
             return derived(row, self._model if row["from"] == "model" else self._request.params.get(row["from"]), self._model)
         if name in PARAMETERS:
             value = self._request.params.get(name)
             return MISSING if value is None else value
-        return self._outside.get(f"{name}:{arg}" if arg else name, MISSING)
+        outside = self._outside.get(f"{name}:{arg}" if arg else name, MISSING)
+        if outside is MISSING and name == "profiles":       # a process for one turn is started with what that turn needs
+            return {self._model: fill(self._profile, self.lookup)}
+        return [self._model] if outside is MISSING and name == "models" else outside
 
 
 def derived(row: Mapping[str, Any], value: Any, model: str) -> Any:
@@ -2015,7 +2265,7 @@ def derived(row: Mapping[str, Any], value: Any, model: str) -> Any:
     return row["map"].get(value, MISSING) if re.search(row.get("models", ""), model) else MISSING
 
 
-WIRE_GROUPS = ("messages", "history", "last")
+WIRE_GROUPS = ("messages", "history", "last", "new")
 Lookup = Callable[[str, str], Any]
 
 
@@ -2034,9 +2284,32 @@ def fill(template: Any, lookup: Lookup) -> Any:
                 out.append(value)
         return out
     if isinstance(template, dict):
-        filled = ((fill(k, lookup), fill(v, lookup)) for k, v in template.items())
-        return {k: v for k, v in filled if k is not MISSING and v is not MISSING}
+        return _fill_object(template, lookup)
     return template
+
+
+def _fill_object(template: Mapping[str, Any], lookup: Lookup) -> Any:
+    """An object; {"json": X} is X as JSON text ("else", or left out, if X is an object that came out empty), {"text": X} is X as a
+    string, {"if": NAME, "is": X} is X or left out, {"each": NAME, "as": {...}} an object made of one for each item, with {item} in it."""
+    if template.keys() <= {"json", "else", "spread", "escape"} and "json" in template:
+        value = spread(fill(template["json"], escaping(lookup, template.get("escape", {}))), **template.get("spread", {}))
+        empty = value is MISSING or (value == {} and isinstance(template["json"], dict))
+        return template.get("else", MISSING) if empty else json.dumps(value)
+    if template.keys() == {"if", "is"}:
+        return MISSING if _absent(template, lookup) else fill(template["is"], lookup)
+    if template.keys() == {"text"}:
+        value = fill(template["text"], lookup)
+        return value if value is MISSING else str(value)
+    if template.keys() == {"each", "as"}:
+        items = lookup(*template["each"].partition(":")[::2])
+        rows = [fill(template["as"], _with({"item": item}, lookup)) for item in ([] if items is MISSING else items)]
+        return {k: v for row in rows for k, v in row.items()}
+    filled = ((fill(k, lookup), fill(v, lookup)) for k, v in template.items())
+    return {k: v for k, v in filled if k is not MISSING and v is not MISSING}
+
+
+def _with(values: Mapping[str, Any], lookup: Lookup) -> Lookup:
+    return lambda name, arg: values[name] if name in values else lookup(name, arg)
 
 
 def _fill_string(template: str, lookup: Lookup) -> Any:
@@ -2046,7 +2319,7 @@ def _fill_string(template: str, lookup: Lookup) -> Any:
     whole = HOLE.fullmatch(template)
     if whole:
         value = value_of(whole)
-        return fill(value, lookup) if whole.group(4) is not None and value == whole.group(4) else value
+        return None if value == "null" and whole.group(4) == "null" else value      # {name|null} is JSON's null
     values = [value_of(m) for m in HOLE.finditer(template)]
     if any(v is MISSING for v in values):
         return MISSING
@@ -2076,27 +2349,26 @@ def _fill_branch(arg: Mapping[str, Any], lookup: Lookup) -> List[str]:
     value = lookup(*arg[kind].partition(":")[::2])
     if kind == "each":
         items = [] if value is MISSING else value
-        return [a for item in items for a in fill_args([arg["argv"]], (), lambda n, x, item=item: item if n == "item" else lookup(n, x))]  # type: ignore[misc]
+        return [a for item in items for a in fill_args([arg["argv"]], (), _with({"item": item}, lookup))]
     return fill_args([arg["argv"]], (), lookup) if (value is MISSING) == (kind == "unless") else []
 
 
-def fill_lines(spec: Mapping[str, Any], variables: Variables) -> Any:
+def fill_lines(spec: Mapping[str, Any], lookup: Lookup) -> Any:
     """A JSON-lines file: its templates in order; {"for": "history:FORMAT", ...} is written once for each message, and its
     "end", if it has one, after the last: what keeps a CLI from adding words of its own to a history that ends in a user's."""
-    if "if" in spec and variables.lookup(*spec["if"].partition(":")[::2]) is MISSING:
+    if _absent(spec, lookup):
         return MISSING
     lines: List[Any] = []
     for row in spec["lines"]:
-        if not (isinstance(row, dict) and "for" in row):
-            lines.append(fill(row, variables.lookup))
-            continue
-        items, parent = variables.lookup(*row["for"].partition(":")[::2]), None
-        for item in [] if items is MISSING else items:
-            values = {"item": item, "content": item.get("content"), "id": str(uuid.uuid4()), "parent": parent}
-            lines.append(fill(row.get("each") or row[item["role"]], variables.with_item(values)))
-            parent = values["id"]
-        if parent and "end" in row:
-            lines.append(fill(row["end"], variables.with_item({"id": str(uuid.uuid4()), "parent": parent})))
+        if isinstance(row, dict) and "for" in row:
+            parent = None
+            for values in each_message(row["for"], lookup):
+                lines.append(fill(row.get("each") or row[values["item"]["role"]], _with(values, lookup)))
+                parent = values["id"]
+            if parent and "end" in row:
+                lines.append(fill(row["end"], _with({"id": str(uuid.uuid4()), "parent": parent}, lookup)))
+        elif not isinstance(row, dict) or not _absent(row, lookup):
+            lines.append(fill(row["line"] if isinstance(row, dict) and "line" in row else row, lookup))
     return "".join(json.dumps(line) + "\n" for line in lines) or MISSING
 
 
@@ -2126,6 +2398,20 @@ def spread(value: Any, what: str = "", over: str = "") -> Any:
     return value
 
 
+def each_message(group: str, lookup: Lookup) -> Iterator[Dict[str, Any]]:
+    """{item, content, id, parent} for each message of a group like "history:anthropic"; every id is the next one's parent."""
+    items, parent = lookup(*group.partition(":")[::2]), None
+    for item in [] if items is MISSING else items:
+        values = {"item": item, "content": item.get("content"), "id": str(uuid.uuid4()), "parent": parent}
+        yield values
+        parent = values["id"]
+
+
+def _absent(row: Mapping[str, Any], lookup: Lookup) -> bool:
+    """Does the row's `if` or `unless` rule it out?"""
+    return any(key in row and (lookup(*row[key].partition(":")[::2]) is MISSING) == missing for key, missing in (("if", True), ("unless", False)))
+
+
 @dataclass(frozen=True)
 class Launch:
     """Everything needed to start a child."""
@@ -2137,18 +2423,15 @@ class Launch:
     place: str
 
 
-def child_environment(provider: Provider, lookup: Lookup, own_ports: Sequence[int], environ: Mapping[str, str]) -> Dict[str, str]:
+def child_environment(provider: Provider, lookup: Lookup, own_ports: Sequence[int], environ: Mapping[str, str],
+                      strategy: Optional[Strategy] = None) -> Dict[str, str]:
     """The allow-listed variables of ours, and the provider's own. A base URL that leads back to this proxy is left out (no recursion)."""
     env = {}
     for name, value in environ.items():
         if any(fnmatch.fnmatchcase(name, p) for p in provider.row["env"]["pass"]) and not leads_here(value, own_ports):
             env[name] = value
-    for name, template in provider.row["env"]["set"].items():
-        if isinstance(template, dict):
-            value = fill(template["json"], lookup)
-            value = json.dumps(value) if value else MISSING
-        else:
-            value = fill(template, lookup)
+    for name, template in (provider.row["env"]["set"] if strategy is None else strategy.row["env"]).items():
+        value = fill(template, lookup)
         if value is not MISSING:
             env[name] = str(value).lstrip("\n")
     return env
@@ -2174,22 +2457,25 @@ def make_place(root: str, provider: Provider, lookup: Lookup) -> str:
     return place
 
 
+def write_file(place: str, name: str, spec: Any, lookup: Lookup) -> Optional[str]:
+    """Write one of a provider's `files` into a place; its path, or None if the template comes out as nothing."""
+    content = fill_lines(spec, lookup) if isinstance(spec, dict) and "lines" in spec else fill(spec, lookup)
+    if content is MISSING:
+        return None
+    path = os.path.join(place, fill(name, lookup))
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
+        f.write(content.encode("utf-8", "replace"))
+    os.replace(f"{path}.new", path)         # a link to a file of the person's is replaced, never followed
+    return path
+
+
 def make_launch(turn: Turn, strategy: Strategy, binary: str, place: str, variables: Variables, own_ports: Sequence[int]) -> Launch:
     """Write a turn's files into its place and give the command. BadRequest if the conversation does not fit the way in."""
     row, lookup = turn.provider.row, variables.lookup
-    for name, spec in row.get("files", {}).items():
-        if isinstance(spec, dict) and "lines" in spec:
-            content = fill_lines(spec, variables)
-        elif isinstance(spec, dict):
-            content = spread(fill(spec["json"], escaping(lookup, spec.get("escape", {}))), **spec.get("spread", {}))
-            content = content if content is MISSING else json.dumps(content)
-        else:
-            content = fill(spec, lookup)
-        if content is not MISSING:
-            path = os.path.join(place, fill(name, lookup))
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
-                f.write(content.encode("utf-8", "replace"))
+    for name, spec in strategy.row["files"].items():
+        path = write_file(place, name, spec, lookup)
+        if path:
             variables.wrote(name, path)
     stdin = strategy.row.get("stdin", "")
     data = fill(stdin, lookup)
@@ -2203,7 +2489,7 @@ def make_launch(turn: Turn, strategy: Strategy, binary: str, place: str, variabl
     terminal = strategy.row.get("terminal", ["stdout"] if strategy.driver == "text" else [])
     on_tty = tuple(fd for fd, name in enumerate(("stdin", "stdout", "stderr")) if name in terminal)
     argv = [binary, *fill_args(strategy.row["argv"], row.get("args", []), lookup)]
-    return Launch(argv, child_environment(turn.provider, lookup, own_ports, os.environ), os.path.join(place, "work"), data.encode("utf-8", "replace"), on_tty, place)
+    return Launch(argv, child_environment(turn.provider, lookup, own_ports, os.environ, strategy), os.path.join(place, "work"), data.encode("utf-8", "replace"), on_tty, place)
 
 
 def _leaves(template: Any) -> Iterator[str]:
@@ -2322,11 +2608,14 @@ def no_answer(provider: Provider, child: Child, said: str, unknown: int) -> Exce
         return FormatChanged(" ".join((errors or said).split())[:200])
     if status == 0 and (unknown or said):   # not what was said: this goes to the log, and may be the model's own words
         return FormatChanged(" ".join(errors.split())[:200] or (f"{unknown} lines of unknown types" if unknown else "its lines are no JSON"))
+    return Crashed(f"{provider.name} {how_it_ended(status)} before its answer was complete", " ".join(_failure(provider, errors or said).split())[-400:], Crashed.advice)
+
+
+def how_it_ended(status: Optional[int]) -> str:
+    """An exit status in words, to follow the name of a CLI."""
     if status is not None and status < 0:
-        how = f"was killed by signal {-status} ({signal.Signals(-status).name})"
-    else:
-        how = f"ended with exit status {status}" if status is not None else "closed its output and went on running"
-    return Crashed(f"{provider.name} {how} before its answer was complete", " ".join(_failure(provider, errors or said).split())[-400:], Crashed.advice)
+        return f"was killed by signal {-status} ({signal.Signals(-status).name})"
+    return f"ended with exit status {status}" if status is not None else "closed its output and went on running"
 
 
 def _failure(provider: Provider, text: str) -> str:
@@ -2335,61 +2624,41 @@ def _failure(provider: Provider, text: str) -> str:
     return found[-1] if found else text
 
 
-class JsonLines:
-    """One process a turn, a JSON object a line; the strategy's event rules say what each line means."""
+class RuleReader:
+    """What a provider's event rules make of the JSON lines it prints. Drivers inherit from it and bring the lines."""
 
     def __init__(self, turn: Turn, strategy: Strategy):
         self._provider, self._strategy = turn.provider, strategy
         self._held, self._reset, self._seen_text, self._unknown = "", None, False, 0    # type: Tuple[str, Optional[float], bool, int]
-        self._noise: List[str] = []
 
-    def events(self, child: Child, scope: Scope) -> Iterator[Event]:
-        """Events as they come, a Done last. Raises the error the CLI reports, Crashed, TimedOut or FormatChanged."""
-        buffer, watch = b"", FileWatch(self._provider, child)
-        for data in child.output(scope, watch.every):
-            if not data:
-                watch.look(scope)
-                if scope.silent():
-                    yield Waiting()
-                continue
-            *lines, buffer = (buffer + data).split(b"\n") if b"\n" in data else (buffer + data,)
-            if len(buffer) > MAX_LINE:
-                raise Crashed(f"{self._provider.name} wrote a line of over {MAX_LINE >> 20} MiB", do=Crashed.advice)
-            for line in lines:
-                for event in self._line(line, child, scope):
-                    watch.stop()
-                    yield event
-                    if isinstance(event, Done):
-                        return
-        if buffer:
-            for event in self._line(buffer, child, scope):
-                yield event
-                if isinstance(event, Done):
-                    return
-        raise no_answer(self._provider, child, self._held or "\n".join(self._noise[-20:]), self._unknown)
+    def _ended(self, kill: bool) -> None:
+        """The answer is complete; with `kill` the CLI would go on by itself and must not."""
 
-    def _line(self, raw: bytes, child: Child, scope: Scope) -> Iterator[Event]:
-        try:
-            line = json.loads(raw)
-        except ValueError:
-            if raw.strip():
-                self._noise.append(raw.decode("utf-8", "replace").strip()[:1000])
-            return
-        if not isinstance(line, dict):
-            self._noise.append(str(line)[:1000])
-            return
-        scope.enter("idle" if self._seen_text else "first")
+    def _stderr(self) -> str:
+        """What the CLI said beside its lines, for an error that says nothing itself."""
+        return ""
+
+    def _said_status(self, message: str) -> Optional[int]:
+        """The HTTP status in what the CLI said, for lines that have no field for it."""
+        return http_status(self._provider, message)
+
+    def _exit_status(self) -> Optional[int]:
+        """The exit status where it tells more than the words."""
+        return None
+
+    def _read_line(self, line: Dict[str, Any]) -> Iterator[Event]:
+        """The events that one line means, by the first rule that fits. Raises the error that it reports."""
         line["@text"], line["@held"] = self._seen_text, self._held or None
         for rule in self._strategy.events:
             if rule.fits(line):
-                yield from self._obey(rule, line, child)
+                yield from self._obey(rule, line)
                 return
         self._unknown += 1
 
-    def _obey(self, rule: EventRule, line: Mapping[str, Any], child: Child) -> Iterator[Event]:
+    def _obey(self, rule: EventRule, line: Mapping[str, Any]) -> Iterator[Event]:
         row, paths = rule.row, rule.paths
-        if rule.error:
-            raise self._failure(rule, line, child)
+        if "error" in row:
+            raise self._reported(rule, line)
         if "must_be_empty" in paths and dig(line, paths["must_be_empty"]):
             raise Crashed(f"{self._provider.name} started with tools switched on", _show(dig(line, paths["must_be_empty"])),
                           "it was stopped, because behind this proxy a CLI is a model and no agent: check its version with `cliproxy.py doctor`")
@@ -2411,7 +2680,7 @@ class JsonLines:
         if "done" in row:
             if self._held and not row.get("drop_held"):
                 yield Text(self._held)
-            child.kill() if row.get("kill") else child.release()
+            self._ended(bool(row.get("kill")))
             yield Done(row["done"])
 
     @staticmethod
@@ -2419,15 +2688,77 @@ class JsonLines:
         found = [n for n in (dig(line, path) for path in where) if isinstance(n, int)]
         return sum(found) if found else None
 
-    def _failure(self, rule: EventRule, line: Mapping[str, Any], child: Child) -> ProviderError:
-        said = self._held if rule.error["message"] == ("@held",) else dig(line, rule.error["message"])
-        message = said if isinstance(said, str) else child.errors() or "it gave no reason"
-        status, kind = dig(line, rule.error.get("status", ("@none",))), dig(line, rule.error.get("kind", ("@none",)))
-        if not isinstance(status, int):     # gemini's answer has it on stderr only, some milliseconds before; its exit status is slower
-            status = http_status(self._provider, message) or http_status(self._provider, child.errors())
-        exit_status = child.wait(1.0) if "exit_status" in self._provider.row and status is None else None
-        found = classify(self._provider, message, status, str(kind or ""), exit_status, self._reset)
+    def _reported(self, rule: EventRule, line: Mapping[str, Any]) -> ProviderError:
+        """The error that a line reports, by the fields that the rule names: the first of them that says something."""
+        first = lambda key, kind: next((v for v in (dig(line, p) for p in rule.error.get(key, ())) if isinstance(v, kind)), None)   # noqa: E731
+        message = first("message", str) or rule.row["error"].get("words") or self._stderr() or "it gave no reason"
+        status = first("status", int)
+        if status is None or not 100 <= status <= 599:      # JSON-RPC has codes of its own
+            status = self._said_status(message)
+        exit_status = self._exit_status() if "exit_status" in self._provider.row and status is None else None
+        found = classify(self._provider, message, status, first("kind", str) or "", exit_status, self._reset)
         return found or ProviderError(f"{self._provider.name} failed", plain_words(message)[:600], ProviderError.advice)
+
+
+class JsonLines(RuleReader):
+    """One process a turn, a JSON object a line; the strategy's event rules say what each line means."""
+
+    def __init__(self, turn: Turn, strategy: Strategy):
+        super().__init__(turn, strategy)
+        self._noise: List[str] = []
+        self._child: Optional[Child] = None
+
+    def events(self, child: Child, scope: Scope) -> Iterator[Event]:
+        """Events as they come, a Done last. Raises the error the CLI reports, Crashed, TimedOut or FormatChanged."""
+        self._child = child
+        buffer, watch = b"", FileWatch(self._provider, child)
+        for data in child.output(scope, watch.every):
+            if not data:
+                watch.look(scope)
+                if scope.silent():
+                    yield Waiting()
+                continue
+            *lines, buffer = (buffer + data).split(b"\n") if b"\n" in data else (buffer + data,)
+            if len(buffer) > MAX_LINE:
+                raise Crashed(f"{self._provider.name} wrote a line of over {MAX_LINE >> 20} MiB", do=Crashed.advice)
+            for line in lines:
+                for event in self._line(line, scope):
+                    watch.stop()
+                    yield event
+                    if isinstance(event, Done):
+                        return
+        if buffer:
+            for event in self._line(buffer, scope):
+                yield event
+                if isinstance(event, Done):
+                    return
+        raise no_answer(self._provider, child, self._held or "\n".join(self._noise[-20:]), self._unknown)
+
+    def _line(self, raw: bytes, scope: Scope) -> Iterator[Event]:
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            if raw.strip():
+                self._noise.append(raw.decode("utf-8", "replace").strip()[:1000])
+            return
+        if not isinstance(line, dict):
+            self._noise.append(str(line)[:1000])
+            return
+        scope.enter("idle" if self._seen_text else "first")
+        yield from self._read_line(line)
+
+    def _ended(self, kill: bool) -> None:
+        assert self._child is not None
+        self._child.kill() if kill else self._child.release()
+
+    def _stderr(self) -> str:
+        return self._child.errors() if self._child else ""
+
+    def _said_status(self, message: str) -> Optional[int]:       # gemini has it on stderr only, some milliseconds before; its exit status is slower
+        return http_status(self._provider, message) or http_status(self._provider, self._stderr())
+
+    def _exit_status(self) -> Optional[int]:
+        return self._child.wait(1.0) if self._child else None
 
 
 class FileWatch:
@@ -2515,6 +2846,1074 @@ class PlainText:
 DRIVERS: Dict[str, Any] = {"jsonl": JsonLines, "text": PlainText}
 
 
+# === Residents =======================================================================================================
+# CLIs that stay open: started ahead of the request, one answers in milliseconds and holds many conversations at once (acp,
+# codex-app-server) or one after another (claude-stream).
+#
+#     turn's thread  --  Talk: the strategy's steps, filled  -->  Resident.send  -->  stdin of the CLI
+#     turn's thread  <--  Mailbox  <--  Resident's thread: a line goes to the conversation it names  <--  stdout
+#
+# A protocol is data: the steps `start`, `open`, `ask`, `cancel`, `close` and the event rules of a strategy. Code knows only
+# how a call is framed and answered (WIRES). A turn that is over, however it ended, is settled by the resident's thread: what the
+# CLI still has to say about it is read and dropped, and then the conversation may go on, or the process serve another.
+
+MAX_UNREAD = 8 << 20        # bytes a turn may leave unread in its mailbox before it is given up: its client reads too slowly
+SETTLE_SECONDS = 10.0       # a CLI that has not ended a turn so long after its cancellation is replaced
+START_BACKOFF = (1.0, 60.0) # seconds to the next try after a failed start: the first, doubled each time, at most the second
+MAX_PROFILES = 64           # parameter sets that residents of one provider are started with
+FOREVER = 1e9               # seconds
+HOUSEKEEPING = 5.0          # seconds between looks at age, memory and idle residents
+RESIDENT_DEFAULTS = {"conversations": 256, "openings": 16, "warm": 1, "spares": 0, "live": 32, "turns": 1000, "age": 21600, "idle": 3600, "memory_mb": 700}
+
+
+class ResidentGone(Exception):
+    """The process ended under its turns. They may be tried again on another one."""
+
+
+class ResidentUnavailable(Exception):
+    """No resident can be had now; a strategy that starts a process for each turn may do."""
+
+
+class JsonRpc:
+    """JSON-RPC 2.0, a message a line: the Agent Client Protocol (v1) and codex app-server."""
+
+    @staticmethod
+    def call(number: int, method: str, params: Any) -> Dict[str, Any]:
+        return {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
+
+    @staticmethod
+    def notify(method: str, params: Any) -> Dict[str, Any]:
+        return {"jsonrpc": "2.0", "method": method, "params": params}
+
+    @staticmethod
+    def answered(line: Mapping[str, Any]) -> Optional[int]:
+        """The number of the call that this line answers."""
+        return line["id"] if "id" in line and "method" not in line and isinstance(line["id"], int) else None
+
+    @staticmethod
+    def failed(line: Mapping[str, Any]) -> bool:
+        return "error" in line
+
+    @staticmethod
+    def result(line: Mapping[str, Any]) -> Any:
+        return line.get("result")
+
+    @staticmethod
+    def asks(line: Mapping[str, Any]) -> bool:
+        """Does the CLI want an answer to this line?"""
+        return "id" in line and "method" in line
+
+    @staticmethod
+    def reply(line: Mapping[str, Any], result: Any) -> Dict[str, Any]:
+        """The answer to a line that asks; None refuses."""
+        return {"jsonrpc": "2.0", "id": line["id"], **({"error": {"code": -32601, "message": "not supported"}} if result is None else {"result": result})}
+
+    @staticmethod
+    def incompatible(line: Mapping[str, Any]) -> bool:
+        """Is this failure one of the protocol itself: unknown method, invalid request or parameters?"""
+        return dig(line, ("error", "code")) in (-32600, -32601, -32602)
+
+
+class ControlLines:
+    """Claude Code's control protocol: control_request and control_response among the lines of stream-json."""
+
+    @staticmethod
+    def call(number: int, method: str, params: Any) -> Dict[str, Any]:
+        return {"type": "control_request", "request_id": str(number), "request": {"subtype": method, **(params or {})}}
+
+    @staticmethod
+    def notify(method: str, params: Any) -> Dict[str, Any]:
+        return {"type": method, **(params or {})}
+
+    @staticmethod
+    def answered(line: Mapping[str, Any]) -> Optional[int]:
+        number = dig(line, ("response", "request_id")) if line.get("type") == "control_response" else None
+        return int(number) if isinstance(number, str) and number.isdigit() else None
+
+    @staticmethod
+    def failed(line: Mapping[str, Any]) -> bool:
+        return dig(line, ("response", "subtype")) == "error"
+
+    @staticmethod
+    def result(line: Mapping[str, Any]) -> Any:
+        return dig(line, ("response", "response"))
+
+    @staticmethod
+    def asks(line: Mapping[str, Any]) -> bool:
+        return line.get("type") == "control_request"
+
+    @staticmethod
+    def reply(line: Mapping[str, Any], result: Any) -> Dict[str, Any]:
+        answer = {"subtype": "error", "error": "not supported"} if result is None else {"subtype": "success", "response": result}
+        return {"type": "control_response", "response": {"request_id": line.get("request_id"), **answer}}
+
+    @staticmethod
+    def incompatible(line: Mapping[str, Any]) -> bool:
+        return "Unsupported control request" in str(dig(line, ("response", "error")))
+
+
+WIRES: Dict[str, Any] = {"acp": JsonRpc, "codex-app-server": JsonRpc, "claude-stream": ControlLines}
+
+
+class Mailbox:
+    """Lines on their way from a resident's thread to the thread of a turn; once that has left, to a function."""
+
+    def __init__(self) -> None:
+        self._lines: deque = deque()        # (line, bytes)
+        self._lock, self._unread = threading.Lock(), 0
+        self._reader: Optional[Scope] = None
+        self._sink: Optional[Callable[[Any], None]] = None
+
+    def put(self, line: Any, size: int) -> bool:
+        """False if so much is unread that the turn has to be given up."""
+        with self._lock:
+            sink, reader, self._reader = self._sink, self._reader, None
+            if sink is None:
+                self._lines.append((line, size))
+                self._unread += size
+        if sink is not None:
+            sink(line)
+        elif reader is not None:
+            reader.wake()
+        return self._unread <= MAX_UNREAD
+
+    def get(self) -> Any:
+        """The next line, None if there is none yet."""
+        with self._lock:
+            if not self._lines:
+                return None
+            line, size = self._lines.popleft()
+            self._unread -= size
+            return line
+
+    def wait(self, scope: Scope) -> None:
+        """Until there may be a line, or it is time for a keep-alive. Raises what Scope.wait raises."""
+        with self._lock:
+            if self._lines:
+                return
+            self._reader = scope
+        try:
+            scope.wait(())
+        finally:
+            with self._lock:
+                self._reader = None
+
+    def divert(self, sink: Callable[[Any], None]) -> None:
+        """From now on lines go to `sink`, those that wait here first."""
+        while True:
+            line = self.get()
+            if line is None:
+                with self._lock:
+                    if not self._lines:
+                        self._sink = sink
+                        return
+            else:
+                sink(line)
+
+
+GONE = type("Gone", (), {"__repr__": lambda self: "GONE"})()                # what a mailbox gets when the process has ended
+TOO_SLOW = type("TooSlow", (), {"__repr__": lambda self: "TOO_SLOW"})()     # what it gets when its turn was given up
+
+
+class Conversation:
+    """What one resident holds of one exchange. `values` were taken from its answers (session, turn ...).
+
+    `calls` are the numbers of calls not answered yet, `owed` the lines that end a turn and have not come: with none of
+    either the conversation is settled."""
+
+    def __init__(self, resident: Resident):
+        self.resident, self.box = resident, Mailbox()
+        self.values: Dict[str, Any] = {}
+        self.calls: Set[int] = set()
+        self.owed, self.turns, self.seen = 0, 0, 0
+        self.spare, self.spare_for = False, ""      # opened ahead of time, and for what (a model)
+        self.mute = False                           # asked, and not a word of an answer yet
+        self.key, self.settle_by = "", 0.0
+        self.close: Callable[[], None] = lambda: None
+
+    def settled(self) -> bool:
+        return not self.calls and self.owed <= 0
+
+
+class Resident:
+    """One process that stays, and the thread that reads it.
+
+    state: starting -> ready -> worn (ends when its turns have ended) -> gone. `lock` orders what concerns the whole process."""
+
+    def __init__(self, pool: Pool, provider: Provider, strategy: Strategy, profiles: Mapping[str, Profile]):
+        self.pool, self.provider, self.strategy, self.profiles = pool, provider, strategy, dict(profiles)
+        self.wire, self.settings = WIRES[strategy.driver], {**RESIDENT_DEFAULTS, **strategy.row.get("resident", {})}
+        self.state, self.born, self.used = "starting", time.monotonic(), time.monotonic()
+        self.turns = self.memory_mb = 0
+        self.busy: Set[Conversation] = set()
+        self.spares: List[Conversation] = []
+        self.lock, self.gate = Slots(1), Slots(self.settings["openings"])
+        self.child: Optional[Child] = None
+        self.place = ""
+        self.holds: Dict[str, Conversation] = {}        # by key, those that may be gone on with; the oldest first
+        self._numbers = iter(range(1, 1 << 62))
+        self._routes: Dict[Any, Mailbox] = {}
+        self._callers: Dict[int, Mailbox] = {}
+        self._boxes: Set[Mailbox] = set()
+        self._route = tuple(strategy.row["route"].split(".")) if "route" in strategy.row else None
+        self._scope: Optional[Scope] = None
+        self.noise = ""                     # what it printed that is no JSON line
+        self.failures: deque = deque()      # what a log file told of failing turns, not yet given to one
+
+    @property
+    def exclusive(self) -> bool:
+        """Does it hold one conversation at a time?"""
+        return self.settings["conversations"] == 1
+
+    def number(self) -> int:
+        return next(self._numbers)
+
+    def attach(self, conversation: Conversation) -> None:
+        """Lines that name this conversation, and the end of the process, come to it from now on."""
+        self._boxes.add(conversation.box)
+        if "session" in conversation.values:
+            self._routes[conversation.values["session"]] = conversation.box
+
+    def detach(self, conversation: Conversation) -> None:
+        """Nothing is read for this conversation any more."""
+        self._boxes.discard(conversation.box)
+        self._routes.pop(conversation.values.get("session"), None)
+
+    def route(self, name: Any, box: Mailbox) -> None:
+        """Lines that carry this name (a session or thread id) go to `box`."""
+        self._routes[name] = box
+
+    def expect(self, number: int, box: Mailbox) -> None:
+        """The answer to the call of this number goes to `box`."""
+        self._callers[number] = box
+
+    def send(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Write lines to the CLI, in one piece. Never blocks."""
+        if self.child is None:
+            raise ResidentGone
+        self.child.write("".join(json.dumps(m, separators=(",", ":")) + "\n" for m in messages).encode("utf-8", "replace"), last=False)
+        if self._scope is not None and "watch" in self.provider.row:
+            self._scope.wake()              # there is a log to be looked at while it does not answer
+
+    def read(self, child: Child) -> None:
+        """The body of its thread: every line to where it belongs, until the process ends."""
+        buffer, watch = [], LogWatch(self)      # type: Tuple[List[bytes], LogWatch]
+        with Scope({"start": FOREVER, "total": FOREVER}, keepalive=3600.0) as scope, child:
+            self._scope = scope
+            for data in child.output(scope, watch.every):
+                if not data:
+                    scope.silent()
+                    watch.look()
+                    continue
+                *lines, rest = data.split(b"\n")
+                if lines:
+                    lines[0] = b"".join([*buffer, lines[0]])
+                    buffer = []
+                buffer.append(rest)
+                for line in lines:
+                    self._hear(line)
+            self._scope = None
+        planned, self.state = self.state in ("worn", "starting"), "gone"       # who starts one sees by itself that it came to nothing
+        self._broadcast(GONE)
+        self.pool.ended(self, planned)
+
+    def _hear(self, raw: bytes) -> None:
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict):
+            self.noise = (self.noise + raw.decode("utf-8", "replace") + "\n")[-2000:]
+            if self.state == "starting" and raw.strip():        # a login prompt, say: it would wait for ever for an answer to it
+                self._broadcast(GONE)
+            return
+        number = self.wire.answered(line)
+        if number is not None:
+            box = self._callers.pop(number, None)
+        elif self._route is None:
+            box = next(iter(self._boxes), None)
+        else:
+            box = self._routes.get(dig(line, self._route))
+        if box is None:
+            if self.wire.asks(line):
+                self.send([self.wire.reply(line, None)])
+        elif not box.put(line, len(raw)):
+            box.put(TOO_SLOW, 0)
+
+    def _broadcast(self, line: Any) -> None:
+        for box in list(self._boxes):
+            box.put(line, 0)
+
+    def worn(self) -> bool:
+        """Is it time for a successor?"""
+        s = self.settings
+        return self.turns >= s["turns"] or time.monotonic() - self.born >= s["age"] or self.memory_mb >= s["memory_mb"]
+
+    def stop(self) -> None:
+        """End the process; its thread sees the end and says so."""
+        self.state = "worn"
+        if self.child is not None:
+            self.pool.spawner.end(self.child.pid)
+
+
+class LogWatch:
+    """FileWatch for a resident: its log names no conversation, so a failure in it is given to the turn that can only be meant."""
+
+    def __init__(self, resident: Resident):
+        row = resident.provider.row.get("watch")
+        self._resident, self._pattern = resident, re.compile(row["match"].encode()) if row else None
+        self._files, self._read = (row["files"] if row else ""), {}     # type: Tuple[str, Dict[str, int]]
+
+    def every(self) -> Optional[float]:
+        waiting = self._pattern and any(c.mute for c in list(self._resident.busy))
+        return WATCH_EVERY if waiting else None
+
+    def look(self) -> None:
+        """Read what is new in the log, and tell the turns that have not begun to answer once it is clear which have failed."""
+        if not self._pattern:
+            return
+        for path in sorted(glob.glob(os.path.join(self._resident.place, self._files)), key=os.path.getmtime):
+            with open(path, "rb") as f:
+                f.seek(self._read.get(path, 0))
+                data = f.read()
+            whole = data[:data.rfind(b"\n") + 1]
+            self._read[path] = self._read.get(path, 0) + len(whole)
+            self._resident.failures.extend({"status": int(m.group("status")), "message": m.group("message").decode("utf-8", "replace")}
+                                           for m in self._pattern.finditer(whole))
+        mute = [c for c in list(self._resident.busy) if c.mute]
+        if len(self._resident.failures) >= len(mute):
+            for conversation in mute:
+                conversation.mute = False
+                conversation.box.put({"@log": self._resident.failures.popleft()}, 0)
+            self._resident.failures.clear()
+
+
+class Talk(RuleReader):
+    """One turn with a resident: its steps, the events of the answer, and how it is left."""
+
+    def __init__(self, turn: Turn, strategy: Strategy, conversation: Conversation, variables: Variables, scope: Scope):
+        super().__init__(turn, strategy)
+        self._turn, self._talk, self._scope = turn, conversation, scope
+        self._resident, self._box = conversation.resident, conversation.box
+        self._wire, self._variables = conversation.resident.wire, variables
+        self._number = conversation.resident.number()
+        self._out: List[Mapping[str, Any]] = []
+        self._named: Dict[str, int] = {}
+        self._results: Dict[int, Any] = {}
+        self._kept: List[Dict[str, Any]] = []       # lines of the answer that came before it was waited for
+        self._keeping = self._locked = self._asked = self._thought = False
+        self._answer: Optional[int] = None
+        self._updates, self._update = 0, None       # type: Tuple[int, Optional[LineTest]]
+        self._files: List[str] = []
+        self._end = LineTest(strategy.row["ends"]) if "ends" in strategy.row else None
+        self._said: List[str] = []
+        self._opening = not conversation.seen and not conversation.spare
+        self._settling, self._over = threading.Lock(), False
+
+    # --- steps ---
+
+    def lookup(self, name: str, arg: str) -> Any:
+        """What a hole in a step stands for: what the conversation has learned, else what the request says."""
+        if name in self._talk.values:
+            return self._talk.values[name]
+        if name in ("session", "turn"):             # taken from an answer that has not come
+            return MISSING
+        if name == "flip":                          # one of two values in turn, for a CLI that acts on a change only
+            return arg.split("/")[self._talk.turns % 2]
+        if name == "system_name":                   # a new name for this turn's system prompt, if it has one
+            return MISSING if self._variables.lookup("system", "") is MISSING else f"d{self._number}"
+        if name == "new_uuid":
+            return str(uuid.uuid4())
+        if name == "fresh":                         # opened for this turn, with all its history
+            return True if self._opening else MISSING
+        if name == "live":                          # goes on from where it was
+            return True if self._talk.seen else MISSING
+        if name == "dir":
+            return self._resident.place
+        return self._variables.lookup(name, arg)
+
+    def run(self, phase: str) -> None:
+        """Do the steps of `start`, `open`, `close` ... one after the other."""
+        self._keeping = phase == "ask"
+        for step in self._strategy.row.get(phase, ()):
+            self._step(step, self.lookup)
+        self._flush()
+
+    def _step(self, step: Mapping[str, Any], lookup: Lookup) -> None:
+        """Lines are gathered and written when something has to be waited for, so that a turn is one write where it can be.
+
+        lock, session, files and replace, call | notify | line, until | await | updates, remove, unlock; and for: the steps for each
+        message. `files` go when the turn has ended, what is in `replace` stays."""
+        if _absent(step, lookup):
+            return
+        if step.get("lock") and not self._locked:
+            self._resident.lock.acquire(self._scope, self._provider.name)
+            self._locked = True
+            self._scope.enter("start")
+        if "session" in step:
+            self._name(fill(step["session"], lookup))
+        for name, spec in {**step.get("files", {}), **step.get("replace", {})}.items():
+            path = write_file(self._resident.place, name, spec, lookup)
+            self._files += [path] if path and name in step.get("files", {}) else []
+        if "call" in step:
+            self._call(step, lookup)
+        elif "notify" in step:
+            self._out.append(self._wire.notify(step["notify"], fill(step.get("params", {}), lookup)))
+        elif "line" in step:
+            self._out.append(fill(step["line"], lookup))
+        if "line" in step and (step.get("answer") or step.get("until")):
+            self._talk.owed += 1
+            self._asked = self._asked or bool(step.get("answer"))
+        if step.get("until"):
+            self._wait_for(lambda: self._talk.owed <= 0, keep=False)
+        if "await" in step:
+            self._result(self._named[step["await"]], keep=not step.get("drop"))
+        if "updates" in step:
+            self._wait_for_updates(step["updates"], lookup)
+        for name in step.get("remove", ()):
+            self._remove(os.path.join(self._resident.place, fill(name, lookup)))
+        if step.get("unlock") and self._locked:
+            self._unlock()
+        for values in each_message(step["for"], lookup) if "for" in step else ():
+            for inner in step[values["item"]["role"]]:
+                self._step(inner, _with(values, lookup))
+
+    def _call(self, step: Mapping[str, Any], lookup: Lookup) -> None:
+        number = self._resident.number()
+        self._resident.expect(number, self._box)
+        self._talk.calls.add(number)
+        self._named[step.get("as", "")] = number
+        if step.get("answer"):
+            self._answer, self._asked = number, True
+            self._talk.owed += self._end is not None        # a line of its own ends the turn; else the answer to this call does
+        self._out.append(self._wire.call(number, step["call"], fill(step.get("params", {}), lookup)))
+        if "updates" in step:
+            self._update = LineTest(step["updates"]["if"])
+            self._updates = 0
+        if "take" in step:
+            result = self._result(number)
+            for name, path in step["take"].items():
+                self._talk.values[name] = dig(result, path.split("."))
+            if "session" in step["take"]:
+                self._name(self._talk.values["session"])
+
+    def _name(self, session: Any) -> None:
+        """The CLI's name for the conversation: lines that carry it come here from now on."""
+        self._talk.values["session"] = session
+        self._resident.route(session, self._box)
+
+    def _flush(self) -> None:
+        if self._out:
+            out, self._out = self._out, []
+            self._resident.send(out)
+
+    def _result(self, number: int, keep: bool = True) -> Any:
+        self._wait_for(lambda: number in self._results, keep)
+        return self._results[number]
+
+    def _wait_for_updates(self, row: Mapping[str, Any], lookup: Lookup) -> None:
+        """A CLI that replays a history says one line for each message; those must not be taken for the answer."""
+        items = lookup(*row["of"].partition(":")[::2])
+        want = (0 if items is MISSING else len(items)) + row.get("and", 0)
+        self._wait_for(lambda: not self._talk.calls and self._updates >= want, keep=False)
+
+    def _wait_for(self, done: Callable[[], bool], keep: bool) -> None:
+        """Write what is due and read until it is `done`. Without `keep` nothing that comes meanwhile is part of the answer."""
+        self._flush()
+        keeping, self._keeping = self._keeping, self._keeping and keep
+        while not done():
+            line = self._box.get()
+            if line is None:
+                self._box.wait(self._scope)
+            else:
+                self._heard(self._checked(line))
+        self._keeping = keeping
+
+    def _heard(self, line: Dict[str, Any]) -> None:
+        """A line that comes while a step is waited for."""
+        number = self._wire.answered(line)
+        if number in self._talk.calls:
+            self._take_result(number, line)
+        elif self._wire.asks(line):
+            self._reply(line)
+        else:
+            self._settle_end(line)
+            self._updates += self._update is not None and self._update.fits(line)
+            if self._keeping:
+                self._kept.append(line)
+
+    def _checked(self, line: Any) -> Dict[str, Any]:
+        if line is GONE:
+            raise ResidentGone
+        if line is TOO_SLOW:
+            raise TimedOut("the client reads its answer too slowly", f"over {MAX_UNREAD >> 20} MiB were waiting for it", "read faster, or ask for less")
+        return line
+
+    def _take_result(self, number: Optional[int], line: Mapping[str, Any]) -> None:
+        assert number is not None
+        self._talk.calls.discard(number)
+        if self._wire.failed(line):
+            if number == self._answer:
+                self._talk.owed, self._asked = 0, False
+            raise self._refused(line)
+        self._results[number] = self._wire.result(line)
+
+    def _refused(self, line: Mapping[str, Any]) -> Exception:
+        """The error that a failed call means."""
+        if self._wire.incompatible(line):
+            return FormatChanged(" ".join(json.dumps(line)[:300].split()))
+        rule = EventRule({"if": {}, "error": self._strategy.row.get("failure", {"message": ["response.error", "error.message"]})})
+        error = self._reported(rule, line)
+        return FormatChanged(error.message) if type(error) is ProviderError and not self._asked else error
+
+    def _reply(self, line: Mapping[str, Any]) -> None:
+        """Answer the CLI's own question: a permission is denied by the first option that rejects, all else is refused."""
+        for rule in self._strategy.events:
+            if "reject" in rule.paths and rule.fits(line):
+                options = dig(line, rule.paths["reject"])
+                chosen = next((o.get("optionId") for o in options if str(o.get("kind", "")).startswith("reject")), None) if isinstance(options, list) else None
+                outcome = {"outcome": "selected", "optionId": chosen} if chosen else {"outcome": "cancelled"}
+                return self._resident.send([self._wire.reply(line, {"outcome": outcome})])
+        self._resident.send([self._wire.reply(line, None)])
+
+    def _settle_end(self, line: Mapping[str, Any]) -> None:
+        if self._end is not None and self._end.fits(line):
+            self._talk.owed -= 1
+
+    def _unlock(self) -> None:
+        self._locked = False
+        self._resident.lock.release()
+
+    @staticmethod
+    def _remove(pattern: str) -> None:
+        for path in glob.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+
+    # --- the answer ---
+
+    def events(self) -> Iterator[Event]:
+        """Events as they come, a Done last. Closing it interrupts the turn; the process survives."""
+        finished = False
+        try:
+            gate = self._resident.gate
+            gate.acquire(self._scope, self._provider.name)
+            try:
+                self._scope.enter("start")
+                if self._opening:
+                    self.run("open")
+                self._talk.mute = True
+                self.run("ask")
+            finally:
+                gate.release()
+            self._scope.enter("first")
+            for event in self._answer_events():
+                if isinstance(event, Done):
+                    finished = True
+                    self._finish()
+                yield event
+        finally:
+            self._leave(finished)
+
+    def _answer_events(self) -> Iterator[Event]:
+        """Neighbouring pieces that have come already go out as one: a slow client then costs fewer frames, not memory."""
+        lines, pieces = deque(self._kept), []      # type: Tuple[deque, List[Event]]
+        while True:
+            line = lines.popleft() if lines else self._box.get()
+            if line is None:
+                yield from joined(pieces)
+                pieces = []
+                self._box.wait(self._scope)
+                if self._scope.silent():
+                    yield Waiting()
+                continue
+            try:
+                pieces += self._line(self._checked(line))
+            except (ProxyError, ResidentGone):
+                yield from joined(pieces)           # nothing is lost of what came before it failed
+                raise
+            if pieces and isinstance(pieces[-1], Done):
+                yield from joined(pieces)
+                return
+
+    def _line(self, line: Dict[str, Any]) -> Iterator[Event]:
+        number = self._wire.answered(line)
+        if number is not None and number in self._talk.calls and (number != self._answer or self._end is not None):
+            return self._take_result(number, line)
+        if number is not None and number == self._answer:
+            self._talk.calls.discard(number)
+            self._asked = False
+        elif self._wire.asks(line):
+            return self._reply(line)
+        elif line.keys() == {"@log"}:
+            raise classify(self._provider, line["@log"]["message"], line["@log"]["status"]) or ProviderError(
+                f"{self._provider.name} failed", line["@log"]["message"], ProviderError.advice)
+        else:
+            self._settle_end(line)
+        self._scope.enter("idle" if self._seen_text else "first")
+        for event in self._read_line(line):
+            self._talk.mute = False
+            if isinstance(event, Text):
+                self._said.append(event.text)
+            self._thought = self._thought or isinstance(event, Thinking)
+            if isinstance(event, Done) and not self._seen_text and self._unknown:
+                raise FormatChanged(f"{self._unknown} lines of unknown types and no text")
+            yield event
+
+    def _ended(self, kill: bool) -> None:
+        if kill:
+            self._cancel()
+
+    def _stderr(self) -> str:
+        return self._resident.child.errors() if self._resident.child else ""
+
+    def _cancel(self) -> None:
+        self._asked = False
+        for step in self._strategy.row.get("cancel", ()):
+            if any(self.lookup(name, arg) is MISSING for name, arg in holes(step.get("params", {}))):
+                continue                            # it had not even begun
+            if "call" in step:
+                number = self._resident.number()
+                self._resident.expect(number, self._box)
+                self._talk.calls.add(number)
+                self._out.append(self._wire.call(number, step["call"], fill(step.get("params", {}), self.lookup)))
+            else:
+                self._out.append(self._wire.notify(step["notify"], fill(step.get("params", {}), self.lookup)))
+        self._flush()
+
+    def _finish(self) -> None:
+        """The answer is whole: the conversation may be gone on with, if what it holds is what the client has seen."""
+        self._asked = False
+        self._talk.turns += 1
+        messages = self._turn.request.messages
+        self._talk.seen = len(messages) + 1
+        if self._resident.settings["live"] and not self._thought and self._said:
+            self._talk.key = conversation_key(self._turn, (*messages, Message("assistant", (TextPart("".join(self._said)),))))
+
+    def _leave(self, finished: bool) -> None:
+        """However the turn ended: interrupt it if it is still going, and let the resident's thread see to the rest."""
+        talk = self._talk
+        if talk.mute and self._resident.failures:
+            self._resident.failures.popleft()       # most likely this turn's own
+        talk.mute = False
+        if not finished:
+            talk.key = ""
+        try:
+            if self._asked:
+                self._cancel()
+        except ResidentGone:
+            talk.calls.clear()
+            talk.owed = 0
+        talk.settle_by = time.monotonic() + SETTLE_SECONDS
+        talk.close = self._close
+        self._resident.pool.leave(talk)
+        self._box.divert(self._settle)
+        self._settle(None)
+
+    def _settle(self, line: Any) -> None:
+        """What still comes of this turn, until the CLI is done with it. In the resident's thread; once, with None, in the turn's."""
+        with self._settling:
+            if self._over:
+                return
+            talk = self._talk
+            if line is GONE:
+                talk.calls.clear()
+                talk.owed = 0
+            elif isinstance(line, dict):
+                number = self._wire.answered(line)
+                if number is not None:
+                    talk.calls.discard(number)
+                elif self._wire.asks(line):
+                    self._reply(line)
+                else:
+                    self._settle_end(line)
+            if not talk.settled():
+                return
+            self._over = True
+        self.clean_up()
+        self._resident.pool.settled(talk)
+
+    def _close(self) -> None:
+        """Let the CLI forget the conversation, as far as its protocol can. Waits for nothing."""
+        try:
+            self._out = [self._wire.call(self._resident.number(), step["call"], fill(step.get("params", {}), self.lookup))
+                         for step in self._strategy.row.get("close", ())]
+            self._flush()
+        except ResidentGone:
+            pass                                    # it has forgotten everything
+        self._resident.detach(self._talk)
+
+    def clean_up(self) -> None:
+        """Give back the lock and remove what the turn wrote."""
+        if self._locked:
+            self._unlock()
+        files, self._files = self._files, []
+        for path in files:
+            self._remove(path)
+        for pattern in self._strategy.row.get("litter", ()):
+            self._remove(os.path.join(self._resident.place, pattern))
+
+
+def joined(events: Sequence[Event]) -> Iterator[Event]:
+    """The same events, neighbouring pieces of text, and of thinking, put together."""
+    for kind, group in itertools.groupby(events, type):
+        if kind in (Text, Thinking):
+            yield kind("".join(e.text for e in group))      # type: ignore[union-attr]
+        else:
+            yield from group
+
+
+def conversation_key(turn: Turn, messages: Sequence[Message]) -> str:
+    """Names what was said so far, by whom, to which model, under which parameters: equal keys mean the same next prompt."""
+    said = repr((turn.request.key_id, turn.provider.name, turn.model, sorted(turn.request.params.items(), key=str), tuple(messages)))
+    return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A set of parameters that a CLI takes only when it starts: `values` is the provider's `profile`, filled. No name: none are set."""
+    name: str
+    model: str
+    values: Any = None
+
+
+class Group:
+    """The residents of one provider's strategy. Changed only under the pool's lock."""
+
+    def __init__(self, provider: Provider, strategy: Strategy):
+        self.provider, self.strategy = provider, strategy
+        self.residents: List[Resident] = []
+        self.profiles: Dict[str, Profile] = {}  # by name, those of the residents to come; the newest last
+        self.models: List[str] = []             # asked for of late, the newest first
+        self.failures, self.not_before, self.why = 0, 0.0, ""
+        self.wanted = False
+
+    def known(self, profile: str) -> List[Resident]:
+        """The residents that can serve a parameter set, now or once they are up."""
+        return [r for r in self.residents if r.state in ("starting", "ready") and (not profile or profile in r.profiles)]
+
+    def count(self, state: str) -> int:
+        return sum(r.state == state for r in self.residents)
+
+
+class Pool:
+    """Lends conversations, keeps residents warm, replaces those that are worn or have died. For any thread.
+
+    `launch(resident)` starts the process of one: it sets `place` and `child`, or raises. `variables(turn, strategy, seen)` makes
+    what Talk's templates need; `log` takes key=value fields."""
+
+    def __init__(self, spawner: Spawner, launch: Callable[[Resident], None], variables: Callable[..., Variables], log: Callable[..., None]):
+        self.spawner, self._launch, self._variables, self._log = spawner, launch, variables, log
+        self._lock = threading.Lock()
+        self._groups: Dict[Tuple[str, str], Group] = {}
+        self._live: Dict[str, Conversation] = {}        # oldest first
+        self._waiting: Set[Scope] = set()
+        self._nudge, self._keeper = threading.Event(), None     # type: Tuple[threading.Event, Optional[threading.Thread]]
+
+    # --- lending ---
+
+    def lend(self, turn: Turn, strategy: Strategy, key: str, spare_for: Optional[str], profile: Profile, scope: Scope) -> Conversation:
+        """A conversation that holds exactly what `key` names, or a new one. Waits for a resident that is coming up.
+
+        `spare_for` is None if a spare will not do. ResidentUnavailable if none is up and none can be started now."""
+        while True:
+            with self._lock:
+                group = self._group(turn.provider, strategy)
+                group.wanted = True
+                if turn.model not in group.models[:1]:
+                    group.models = [turn.model, *(m for m in group.models if m != turn.model)][:2]
+                conversation, wait = self._pick(group, key, spare_for, profile)
+                if conversation is not None:
+                    conversation.values["profile"] = profile.name or turn.model
+                    if conversation.seen:
+                        conversation.resident.detach(conversation)
+                        conversation.box = Mailbox()        # the last one has gone to the end of the last turn
+                    conversation.resident.busy.add(conversation)
+                    conversation.resident.used = time.monotonic()
+                    conversation.resident.attach(conversation)
+                    self._keep_warm(group)
+                    return conversation
+                if not wait:
+                    self._need_another(group, profile)
+                self._waiting.add(scope)
+            try:
+                scope.wait(())
+            finally:
+                with self._lock:
+                    self._waiting.discard(scope)
+
+    def _pick(self, group: Group, key: str, spare_for: Optional[str], profile: Profile) -> Tuple[Optional[Conversation], bool]:
+        """(conversation, False), or (None, whether to wait for one that is about to be free)."""
+        live = self._live.get(key) if key else None
+        if live is not None and live.resident.state == "ready":
+            if live in live.resident.busy:
+                return None, True               # its last turn is just ending
+            self._forget(live)
+            return live, False
+        ready = [r for r in group.known(profile.name) if r.state == "ready" and len(r.busy) < r.settings["conversations"]]
+        if not ready:
+            return None, False
+        if ready[0].exclusive:
+            resident = min(ready, key=lambda r: (bool(r.holds), r.used))
+            for held in list(resident.holds.values()):
+                self._forget(held)
+            return Conversation(resident), False
+        resident = min(ready, key=lambda r: (r.worn(), len(r.busy)))
+        spare = next((c for c in resident.spares if spare_for is not None and c.spare_for == spare_for), None)
+        if spare is not None:
+            resident.spares.remove(spare)
+        return spare or Conversation(resident), False
+
+    def _forget(self, conversation: Conversation) -> Conversation:
+        """Not to be gone on with by its key any more. With the pool's lock held."""
+        conversation.resident.holds.pop(conversation.key, None)
+        if self._live.get(conversation.key) is conversation:
+            del self._live[conversation.key]
+        return conversation
+
+    def _need_another(self, group: Group, profile: Profile) -> None:
+        """See to it that a resident is coming up for the one who is about to wait. ResidentUnavailable if that cannot be."""
+        if profile.name and not group.known(profile.name):
+            self._learn(group, profile)         # a start that is under way comes first, the next one then serves all who wait
+        coming = group.count("starting")
+        if coming and not (group.residents[0].exclusive and coming <= len(self._waiting)):
+            return
+        if time.monotonic() < group.not_before:
+            raise ResidentUnavailable(group.why)
+        self._start(group)
+
+    def _learn(self, group: Group, profile: Profile) -> None:
+        """The next resident is started with this parameter set too."""
+        group.profiles.pop(profile.name, None)
+        group.profiles[profile.name] = profile
+        while len(group.profiles) > MAX_PROFILES:
+            group.profiles.pop(next(iter(group.profiles)))
+
+    def leave(self, conversation: Conversation) -> None:
+        """A turn has ended. One that has a key may be gone on with by who says exactly the same again."""
+        with self._lock:
+            if conversation.key and conversation.resident.state == "ready":
+                self._live[conversation.key] = conversation
+                conversation.resident.holds[conversation.key] = conversation
+        self._wake()
+
+    def settled(self, conversation: Conversation) -> None:
+        """The CLI is done with a turn: its conversation may go on, or the process take another."""
+        resident, forgotten = conversation.resident, []
+        with self._lock:
+            resident.busy.discard(conversation)
+            resident.turns += 1
+            resident.used = time.monotonic()
+            if self._live.get(conversation.key) is not conversation:
+                forgotten.append(conversation)
+            while len(resident.holds) > resident.settings["live"]:
+                forgotten.append(self._forget(next(iter(resident.holds.values()))))
+            over = resident.state == "worn" and not resident.busy
+        for gone in forgotten:
+            gone.close()
+        if resident.exclusive:
+            resident.detach(conversation)
+        if over:
+            resident.stop()
+        self._wake()
+        self._nudge.set()
+
+    def _wake(self) -> None:
+        with self._lock:
+            waiting = list(self._waiting)
+        for scope in waiting:
+            scope.wake()
+
+    # --- keeping them ---
+
+    def warm(self, provider: Provider, strategy: Strategy, model: str) -> None:
+        """Start what the strategy wants to be ready before the first request, which will most likely be for `model`."""
+        with self._lock:
+            group = self._group(provider, strategy)
+            group.wanted, group.models = True, group.models or [model]
+            self._keep_warm(group)
+
+    def _group(self, provider: Provider, strategy: Strategy) -> Group:
+        key = (provider.name, strategy.driver)
+        if key not in self._groups:
+            self._groups[key] = Group(provider, strategy)
+        if self._keeper is None:
+            self._keeper = threading.Thread(target=self._keep, name="pool", daemon=True)
+            self._keeper.start()
+        return self._groups[key]
+
+    def _keep_warm(self, group: Group) -> None:
+        """As many as the strategy's `warm` are to be free: for an exclusive one that means beside those that are busy."""
+        free = [r for r in group.known("") if not (r.settings["conversations"] == 1 and r.busy)]
+        warm = {**RESIDENT_DEFAULTS, **group.strategy.row.get("resident", {})}["warm"]
+        if len(free) < warm and time.monotonic() >= group.not_before:
+            self._start(group)
+
+    def _start(self, group: Group) -> None:
+        resident = Resident(self, group.provider, group.strategy, group.profiles)
+        group.residents.append(resident)
+        threading.Thread(target=self._bring_up, args=(group, resident), name=f"start-{group.provider.name}", daemon=True).start()
+
+    def _bring_up(self, group: Group, resident: Resident) -> None:
+        conversation = Conversation(resident)
+        resident.attach(conversation)
+        try:
+            self._launch(resident)
+            assert resident.child is not None
+            resident.child.write(b"", last=False)
+            threading.Thread(target=resident.read, args=(resident.child,), name=f"read-{group.provider.name}", daemon=True).start()
+            with Scope(group.provider.timeouts) as scope:
+                self._talk(resident, conversation, "", scope).run("start")
+        except (ResidentGone, FormatChanged, ProxyError, OSError) as e:
+            return self._failed(group, resident, e)
+        resident.detach(conversation)
+        with self._lock:
+            if resident.state != "starting":
+                return
+            resident.state = "ready"
+            group.failures = 0
+            for older in group.residents[:group.residents.index(resident)]:
+                if older.state == "ready" and not resident.exclusive and (older.worn() or not resident.profiles.keys() <= older.profiles.keys()):
+                    older.state = "worn"
+            worn = [r for r in group.residents if r.state == "worn" and not r.busy]
+        self._log(event="resident-ready", provider=group.provider.name, strategy=group.strategy.driver,
+                  pid=resident.child.pid, ms=round((time.monotonic() - resident.born) * 1000))
+        for older in worn:
+            older.stop()
+        self._wake()
+        self._nudge.set()
+
+    def _talk(self, resident: Resident, conversation: Conversation, model: str, scope: Scope) -> Talk:
+        turn = Turn(resident.provider, model, Request("", (), {}))
+        return Talk(turn, resident.strategy, conversation, self._variables(turn, resident.strategy, 0), scope)
+
+    def _failed(self, group: Group, resident: Resident, error: Exception) -> None:
+        """A start came to nothing: say why, and wait before the next."""
+        said = resident.noise.strip() or (resident.child.errors() if resident.child else "")
+        why = str(error) or "it ended while it started"
+        if said:
+            why += ": " + " ".join(said.split())[-300:]
+        resident.stop()
+        self._back_off(group, resident, why)
+
+    def _back_off(self, group: Group, resident: Resident, why: str) -> None:
+        with self._lock:
+            group.failures += time.monotonic() >= group.not_before      # several that die at the same time are one failure
+            group.why = why
+            seconds = min(START_BACKOFF[1], START_BACKOFF[0] * 2 ** (group.failures - 1))
+            group.not_before = time.monotonic() + seconds
+            if resident in group.residents:
+                group.residents.remove(resident)
+        self._log(level="warning", event="resident-failed", provider=group.provider.name, strategy=group.strategy.driver, why=why, retry_in=round(seconds))
+        self._wake()
+
+    def ended(self, resident: Resident, planned: bool) -> None:
+        """The process of a resident is gone. Its turns have been told; what it remembered is forgotten."""
+        with self._lock:
+            group = self._group(resident.provider, resident.strategy)
+            known = resident in group.residents
+            if known:
+                group.residents.remove(resident)
+            self._live = {key: c for key, c in self._live.items() if c.resident is not resident}
+            quick = not planned and known and resident.turns == 0
+        if planned or not known:
+            return self._wake()
+        status = resident.child.wait(2.0) if resident.child else None
+        if quick:
+            self._back_off(group, resident, f"it ended with status {status} before it had served anything")
+        else:
+            self._log(level="warning", event="resident-ended", provider=resident.provider.name, strategy=resident.strategy.driver, status=status,
+                      turns=resident.turns, lost=len(resident.busy))
+            self._wake()
+        self._nudge.set()
+
+    def _keep(self) -> None:
+        """The pool's own thread: spares, successors, what is idle, worn or stuck."""
+        look_at_memory = time.monotonic() + 60.0
+        while True:
+            if self._nudge.wait(HOUSEKEEPING):
+                self._nudge.clear()
+                time.sleep(0.05)                # let a client that asks again at once come first
+            now = time.monotonic()
+            if now >= look_at_memory:
+                look_at_memory = now + 60.0
+                self._measure()
+            with self._lock:
+                groups = list(self._groups.values())
+            for group in groups:
+                self._tend(group, now)
+
+    def _tend(self, group: Group, now: float) -> None:
+        stop: List[Resident] = []
+        with self._lock:
+            for resident in list(group.residents):
+                stuck = sum(c.settle_by > 0 and now > c.settle_by for c in resident.busy)
+                settings = resident.settings
+                if stuck and stuck == len(resident.busy):
+                    stop.append(resident)
+                elif stuck:
+                    resident.state = "worn"         # it ends once the others are through
+                elif resident.state == "ready" and not resident.busy:
+                    free = sum(r.state == "ready" and not r.busy for r in group.residents)
+                    surplus = free > max(1, settings["warm"]) and now - resident.used > min(300.0, settings["idle"])
+                    if surplus or now - resident.used > settings["idle"]:
+                        stop.append(resident)
+                        group.wanted = surplus and group.wanted
+                    elif resident.worn() and resident.exclusive:
+                        stop.append(resident)
+                elif resident.state == "worn" and not resident.busy:
+                    stop.append(resident)
+            ready = [r for r in group.residents if r.state == "ready" and r not in stop]
+            for resident in stop:
+                resident.state = "worn"
+            starting = group.count("starting")
+            if ready and not starting and now >= group.not_before and all(r.worn() for r in ready):
+                self._start(group)
+            elif group.wanted:
+                self._keep_warm(group)
+        for resident in stop:
+            resident.stop()
+        for resident in ready:
+            self._make_spares(resident, list(group.models))
+
+    def _make_spares(self, resident: Resident, models: Sequence[str]) -> None:
+        """Open conversations ahead of time, while nothing is going on."""
+        want = resident.settings["spares"]
+        for model in models if resident.settings.get("spare_for") else [""]:
+            while sum(c.spare_for == model for c in resident.spares) < want and not resident.busy and resident.state == "ready":
+                conversation = Conversation(resident)
+                conversation.spare_for = model
+                resident.attach(conversation)
+                try:
+                    with Scope({**resident.provider.timeouts, "start": 10.0, "total": 10.0}) as scope:
+                        talk = self._talk(resident, conversation, model, scope)
+                        try:
+                            talk.run("open")
+                        finally:
+                            talk.clean_up()
+                except (ResidentGone, FormatChanged, ProxyError) as e:
+                    self._log(level="warning", event="spare-failed", provider=resident.provider.name, why=str(e))
+                    return
+                conversation.spare = True
+                with self._lock:
+                    resident.spares.append(conversation)
+
+    def _measure(self) -> None:
+        """Note the memory of each resident's process group, in MiB."""
+        with self._lock:
+            residents = {r.child.pid: r for g in self._groups.values() for r in g.residents if r.child is not None}
+        if not residents:
+            return
+        used: Dict[int, int] = dict.fromkeys(residents, 0)
+        ps = shutil.which("ps")
+        rows = run_to_end(self.spawner, [ps, "-A", "-o", "pgid=,rss="], dict(os.environ), self.spawner.root, 10.0)[1] if ps else ""
+        for row in rows.split("\n"):
+            group, _, kib = row.strip().partition(" ")
+            if group.isdigit() and int(group) in used and kib.strip().isdigit():
+                used[int(group)] += int(kib)
+        for pid, kib in used.items():
+            residents[pid].memory_mb = kib >> 10
+
+
 # === Router ==========================================================================================================
 # One answer out of the strategies of a provider: which provider a model name means, a slot, a place, a child, its events,
 # the step down when a strategy is broken; and what the CLI does not do itself: stop sequences, max_tokens.
@@ -2584,6 +3983,7 @@ class Answer:
     def __init__(self, turn: Turn, scope: Scope):
         self.turn, self.scope = turn, scope
         self.strategy: Optional[Strategy] = None
+        self.session = ""                                   # a resident's conversation: live, spare or new
         self.params: Dict[str, str] = {}
         self.usage, self.estimated, self.finish = Usage(), False, ""
         self.queued = self.spawned = self.first = 0.0       # seconds since `began`
@@ -2621,6 +4021,7 @@ class Answer:
             self.usage = Usage(estimate_tokens(asked), estimate_tokens("".join(self._answer_chars))).merged(self.usage)
 
 
+RESIDENT_BROKEN = 600.0     # seconds until a resident strategy that broke is tried again
 WIRE_NAMES = {"stop_sequences": "stop", "reasoning_effort": "effort", "max_output_tokens": "max_tokens", "max_completion_tokens": "max_tokens"}
 INERT = {"n", "stream", "parallel_tool_calls"}      # given, obeyed by the dialect or without any effect here
 
@@ -2629,12 +4030,13 @@ class Router:
     """Finds the provider of a model name and gets the answer from it. All methods may be called from any thread."""
 
     def __init__(self, providers: Mapping[str, Provider], spawner: Spawner, own_ports: Sequence[int] = (), log: Callable[..., None] = lambda **kw: None,
-                 strict: bool = False):
+                 strict: bool = False, one_shot: bool = False):
         self.providers, self.spawner, self.own_ports, self._log, self._strict = providers, spawner, own_ports, log, strict
-        self.hop = uuid.uuid4().hex
-        self._slots = {name: Slots(p.row["slots"]) for name, p in providers.items()}
+        self.hop, self._one_shot = uuid.uuid4().hex, one_shot
+        self._slots = {(name, s.driver): Slots(s.row.get("slots", p.row["slots"])) for name, p in providers.items() for s in p.strategies}
+        self.pool = Pool(spawner, self._launch_resident, lambda turn, strategy, seen: Variables(turn, strategy, "", self._around(turn.provider), seen), log)
         self._lock = threading.Lock()
-        self._broken: Dict[Tuple[str, str], str] = {}       # (provider, driver) -> the binary it broke with
+        self._broken: Dict[Tuple[str, str], Tuple[str, float]] = {}     # (provider, driver) -> the binary it broke with, until when
         self.logged_in: Dict[str, Optional[bool]] = {}      # what the last look at each provider found
         self._refused: Set[Tuple[str, str, str]] = set()    # (provider, model, parameter) that its service would not take
         self._prepared: Dict[Tuple[str, str], Any] = {}     # (provider, binary) -> {"prepared:NAME": path}
@@ -2684,23 +4086,13 @@ class Router:
         with the request itself."""
         provider, model = self.resolve(request.model)
         answer = Answer(Turn(provider, model or self._default_model(provider), request), scope)
-        answer.events = self._run(answer)
+        answer.events = self._down_the_strategies(answer)
         return answer
 
     def _default_model(self, provider: Provider) -> str:
         template = provider.row["models"]["default"]
         value = fill(template, lambda name, arg: self._outside(provider).get(f"{name}:{arg}", MISSING)) if template else ""
         return "" if value is MISSING else value
-
-    def _run(self, answer: Answer) -> Iterator[Event]:
-        turn, scope = answer.turn, answer.scope
-        slots, name = self._slots[turn.provider.name], turn.provider.name
-        slots.acquire(scope, name)
-        try:
-            answer.queued = answer.since()
-            yield from self._down_the_strategies(answer)
-        finally:
-            slots.release()
 
     def _down_the_strategies(self, answer: Answer) -> Iterator[Event]:
         """The best strategy that works; before the first event the next one, or the same one without a parameter that was refused."""
@@ -2711,7 +4103,7 @@ class Router:
             strategy, committed = ways.popleft(), False
             answer.strategy, answer.params = strategy, self._params(turn, strategy)
             try:
-                for event in self._attempt(answer, strategy, binary):
+                for event in self._in_a_slot(answer, strategy, binary):
                     committed = committed or not isinstance(event, Waiting)
                     yield event
                 return
@@ -2726,25 +4118,30 @@ class Router:
                 if self.logged_in.get(name) is False:       # codex asks its service all the same, and says only what that said
                     raise provider_error(turn.provider, "not_logged_in", e.message) from None
                 raise
+            except ResidentUnavailable as e:
+                failure = failure or FormatChanged(str(e))
             except FormatChanged as e:
                 failure = e
-                if self._broken.get((name, strategy.driver)) != identity:
-                    self._broken[name, strategy.driver] = identity
+                if self._works(name, strategy, identity):
+                    self._broken[name, strategy.driver] = identity, time.monotonic() + (RESIDENT_BROKEN if strategy.stays else FOREVER)
                     self._log(level="warning", event="step-down", provider=name, strategy=strategy.driver, why=str(e),
                               hint="this version of the CLI prints what the rules do not know; run: cliproxy.py doctor --live")
                 if committed:
                     break
-        raise Crashed(f"{name} answered in a form that no strategy understands", str(failure or ""),
+        raise Crashed(f"{name} could not be started, or answered in a form that no strategy understands", str(failure or ""),
                       "see `cliproxy.py doctor --live`: this version of the CLI may be newer than what cliproxy was tested with")
 
     def _fitting(self, turn: Turn, identity: str) -> List[Strategy]:
         """The strategies that can carry this request, best first, without those that broke with this very binary."""
         has_images = any(isinstance(p, ImagePart) for m in turn.request.messages for p in m.parts)
-        fitting = [s for s in turn.provider.strategies if s.images or not has_images]
+        fitting = [s for s in self._strategies(turn.provider) if s.images or not has_images]
         if not fitting:
             raise BadRequest(f"{turn.provider.name} cannot take images", "its CLI has no way in for them here", "send text only, or use another model", param="messages")
-        working = [s for s in fitting if self._broken.get((turn.provider.name, s.driver)) != identity]
-        return working or fitting
+        return [s for s in fitting if self._works(turn.provider.name, s, identity)] or fitting
+
+    def _works(self, name: str, strategy: Strategy, identity: str) -> bool:
+        broken, until = self._broken.get((name, strategy.driver), ("", 0.0))
+        return broken != identity or time.monotonic() >= until
 
     def _params(self, turn: Turn, strategy: Strategy) -> Dict[str, str]:
         """native, emulated or ignored, for each parameter the client gave. BadRequest for an ignored one under --strict."""
@@ -2771,17 +4168,44 @@ class Router:
         rows = (row for var, row in turn.provider.row["derive"].items() if var in strategy.uses and row["from"] == name)
         return any(derived(row, value, turn.model) is not MISSING for row in rows)
 
-    def _attempt(self, answer: Answer, strategy: Strategy, binary: str) -> Iterator[Event]:
+    def _in_a_slot(self, answer: Answer, strategy: Strategy, binary: str) -> Iterator[Event]:
+        """One strategy's answer, with what the CLI does not do itself, while a slot of the strategy is held."""
+        turn, params = answer.turn, answer.turn.request.params
+        slots = self._slots[turn.provider.name, strategy.driver]
+        slots.acquire(answer.scope, turn.provider.name)
+        try:
+            answer.queued = answer.since()
+            answer.scope.enter("start")
+            given = replace(turn, request=replace(turn.request, params={k: v for k, v in params.items() if answer.params.get(k) == "native"}))
+            source = self._from_resident(answer, given, strategy) if strategy.stays else self._from_process(answer, given, strategy, binary)
+            with contextlib.closing(source):
+                events = whole_characters(source)
+                if answer.params.get("stop") == "emulated":
+                    events = stop_at(events, params["stop"])
+                if answer.params.get("max_tokens") == "emulated":
+                    events = limit_tokens(events, params["max_tokens"])
+                for event in answer.counted(events):
+                    if not isinstance(event, (Waiting, Done)):
+                        answer.scope.enter("idle")
+                    yield event
+        finally:
+            slots.release()
+
+    def _around(self, provider: Provider, binary: str = "") -> Dict[str, Any]:
+        """What templates may use that has nothing to do with a request."""
+        return {"hop": self.hop, **self._outside(provider), **(self.prepared(provider, binary) if binary else {})}
+
+    def _place(self, provider: Provider) -> str:
+        return make_place(self.spawner.root, provider, lambda name, arg: os.environ.get(arg) or MISSING if name == "env" else MISSING)
+
+    def _from_process(self, answer: Answer, turn: Turn, strategy: Strategy, binary: str) -> Iterator[Event]:
         """One child, one answer."""
-        turn, scope, params = answer.turn, answer.scope, answer.turn.request.params
-        outside = {"hop": self.hop, **self._outside(turn.provider), **self.prepared(turn.provider, binary)}
         place = ""
         try:
-            place = make_place(self.spawner.root, turn.provider, lambda name, arg: os.environ.get(arg) or MISSING if name == "env" else MISSING)
-            given = replace(turn.request, params={k: v for k, v in params.items() if answer.params.get(k) == "native"})
-            launch = make_launch(turn, strategy, binary, place, Variables(replace(turn, request=given), strategy, place, outside), self.own_ports)
-            scope.enter("start")
-            scope.wait((), at_most=0.0)     # nothing is started for a client that has gone while others were
+            place = self._place(turn.provider)
+            variables = Variables(turn, strategy, place, self._around(turn.provider, binary))
+            launch = make_launch(turn, strategy, binary, place, variables, self.own_ports)
+            answer.scope.wait((), at_most=0.0)      # nothing is started for a client that has gone while others were
             child = self.spawner.spawn(launch.argv, launch.env, launch.cwd, launch.on_tty, place)
         except OSError as e:
             shutil.rmtree(place, ignore_errors=True)
@@ -2792,15 +4216,77 @@ class Router:
         with child:
             answer.spawned = answer.since()
             child.write(launch.stdin)
-            events = whole_characters(DRIVERS[strategy.driver](turn, strategy).events(child, scope))
-            if answer.params.get("stop") == "emulated":
-                events = stop_at(events, params["stop"])
-            if answer.params.get("max_tokens") == "emulated":
-                events = limit_tokens(events, params["max_tokens"])
-            for event in answer.counted(events):
-                if not isinstance(event, (Waiting, Done)):
-                    scope.enter("idle")
-                yield event
+            yield from DRIVERS[strategy.driver](turn, strategy).events(child, answer.scope)
+
+    def _from_resident(self, answer: Answer, turn: Turn, strategy: Strategy) -> Iterator[Event]:
+        """An answer of a process that stays; once more on another one if it dies before the first event."""
+        for last_try in (False, True):
+            conversation, variables = self._borrow(answer, turn, strategy)
+            answer.spawned, committed = answer.since(), False
+            try:
+                with contextlib.closing(Talk(turn, strategy, conversation, variables, answer.scope).events()) as events:
+                    for event in events:
+                        committed = committed or not isinstance(event, (Waiting, Usage))
+                        yield event
+                return
+            except ResidentGone:
+                child = conversation.resident.child
+                status, said = (child.wait(2.0), child.errors()) if child else (None, "")
+                if last_try and not committed:
+                    raise ResidentUnavailable(f"{turn.provider.name} {how_it_ended(status)} twice") from None
+                if committed:
+                    raise Crashed(f"{turn.provider.name} {how_it_ended(status)} before its answer was complete", " ".join(said.split())[-400:], Crashed.advice) from None
+                self._log(level="warning", event="retry", provider=turn.provider.name, why=how_it_ended(status))
+
+    def _borrow(self, answer: Answer, turn: Turn, strategy: Strategy) -> Tuple[Conversation, Variables]:
+        """A conversation from the pool: the one that holds all but the newest turns if there is one, a spare, or a new one."""
+        messages, row = turn.request.messages, strategy.row
+        seen = next((i + 1 for i in range(len(messages) - 1, -1, -1) if messages[i].role == "assistant"), 0)
+        going_on = Variables(turn, strategy, "", self._around(turn.provider), seen)
+        anew = going_on if not seen else Variables(turn, strategy, "", self._around(turn.provider))
+        fits = lambda v: not row.get("plain_only") or v.lookup("plain", "") is not MISSING        # noqa: E731
+        key = conversation_key(turn, messages[:seen]) if 0 < seen < len(messages) and fits(going_on) else ""
+        spare_for = fill(row.get("resident", {}).get("spare_for", ""), anew.lookup) if fits(anew) else None
+        conversation = self.pool.lend(turn, strategy, key, spare_for, self._profile(turn, strategy, anew), answer.scope)
+        answer.session = "live" if conversation.seen else "spare" if conversation.spare else "new"
+        return conversation, going_on if conversation.seen else anew
+
+    def _profile(self, turn: Turn, strategy: Strategy, variables: Variables) -> Profile:
+        """The parameter set of a request, for a CLI that has to be started with it."""
+        template = turn.provider.row.get("profile")
+        if template is None:
+            return Profile("", turn.model)
+        values = fill(template, variables.lookup)
+        plain = fill(template, Variables(replace(turn, request=replace(turn.request, params={})), strategy, "", {}).lookup)
+        if values == plain and turn.model in turn.provider.row["models"].get("names", []):
+            return Profile("", turn.model)
+        return Profile("p-" + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12], turn.model, values)
+
+    def _launch_resident(self, resident: Resident) -> None:
+        """Start the process of a resident, in a place of its own."""
+        provider, strategy, binary = resident.provider, resident.strategy, resident.provider.binary(os.environ) or ""
+        nothing = Request("", (), {})
+        plain = {model: Variables(Turn(provider, model, nothing), strategy, "", {}).lookup("profiles", "")[model] for model in provider.row["models"].get("names", [])}
+        known = {"profiles": {**plain, **{name: p.values for name, p in resident.profiles.items()}},
+                 "models": list(dict.fromkeys([*plain, *(p.model for p in resident.profiles.values())]))}
+        turn, place = Turn(provider, "", nothing), self._place(provider)
+        try:
+            launch = make_launch(turn, strategy, binary, place, Variables(turn, strategy, place, {**self._around(provider, binary), **known}), self.own_ports)
+            child = self.spawner.spawn(launch.argv, launch.env, launch.cwd, launch.on_tty, place)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+        resident.place, resident.child = place, child
+
+    def warm(self, provider: Provider) -> None:
+        """Start the provider's residents ahead of the first request, if its best strategy has any."""
+        best = self._strategies(provider)[0]
+        if best.stays:
+            self.pool.warm(provider, best, self._default_model(provider))
+
+    def _strategies(self, provider: Provider) -> Sequence[Strategy]:
+        """Best first; under --one-shot only those that start a process for each request, if there are any."""
+        return [s for s in provider.strategies if not s.stays] if self._one_shot and not all(s.stays for s in provider.strategies) else provider.strategies
 
     # --- what a provider needs to know before its first turn ---
 
@@ -2874,19 +4360,10 @@ class Router:
         try:
             place = make_place(self.spawner.root, provider, env_only)
             env = child_environment(provider, env_only, self.own_ports, os.environ)
-            child = self.spawner.spawn([binary, *args], env, os.path.join(place, "work"), place=place)
+            return run_to_end(self.spawner, [binary, *args], env, os.path.join(place, "work"), seconds, place)
         except OSError as e:
             shutil.rmtree(place, ignore_errors=True)
             return 127, "", e.strerror or str(e)
-        out = b""
-        with Scope({"start": seconds, "total": seconds}) as scope, child:
-            child.write(b"")
-            try:
-                for data in child.output(scope):
-                    out += data
-            except TimedOut:
-                return None, out.decode("utf-8", "replace"), child.errors()
-            return child.wait(2.0), out.decode("utf-8", "replace"), child.errors()
 
 
 # === Dialects ========================================================================================================
@@ -3522,7 +4999,7 @@ class Handler(BaseHTTPRequestHandler):
         first = answers[0]
         ms = lambda seconds: round(seconds * 1000) if seconds else None     # noqa: E731
         self._fields.update(provider=first.turn.provider.name + ("/" + first.turn.model if first.turn.model else ""),
-                            strategy=first.strategy.driver if first.strategy else None, n=len(answers) if len(answers) > 1 else None,
+                            strategy=first.strategy.driver if first.strategy else None, session=first.session or None, n=len(answers) if len(answers) > 1 else None,
                             tokens_in=sum(a.usage.input or 0 for a in answers), tokens_out=sum(a.usage.output or 0 for a in answers),
                             finish=first.finish or None, queue_ms=ms(first.queued), spawn_ms=ms(first.spawned - first.queued), first_ms=ms(first.first))
 
@@ -3700,6 +5177,192 @@ def open_listeners(settings: Settings, state: State) -> List[Listener]:
     return listeners
 
 
+# === Bench ===========================================================================================================
+# How fast this is here, with these CLIs: `cliproxy.py bench`. It starts a proxy of its own and asks it, and any other
+# OpenAI-compatible server it is given, the same things in turn, so that what is compared was measured in the same minutes.
+
+BENCH_PROMPT = "Write the numbers from 1 to {words} in digits, separated by spaces, and nothing else."
+BENCH_COLUMNS = (("cold ms", "cold_ms"), ("warm ms", "warm_ms"), ("10 turns ms", "ten_turns_ms"), ("next turn ms", "next_turn_ms"),
+                 ("streams", "streams"), ("words/s", "words_per_s"), ("gap p99 ms", "gap_p99_ms"), ("MB/stream", "mb_per_stream"), ("CPU s/1000 words", "cpu_s_per_1000_words"))
+
+
+@dataclass(frozen=True)
+class Target:
+    """An OpenAI-compatible server and a model of it; `pid` is ours, 0 if its memory and CPU cannot be seen."""
+    name: str
+    url: str
+    model: str
+    key: str = ""
+    pid: int = 0
+
+
+@dataclass
+class Streamed:
+    """What came of one streamed request; times in seconds since it was sent."""
+    first: float
+    times: List[float]
+    text: str
+
+
+def bench_ask(target: Target, messages: Sequence[Mapping[str, Any]]) -> Streamed:
+    """One streamed chat completion. ConfigError in words if it fails."""
+    at = urllib.parse.urlsplit(target.url)
+    connection = (http.client.HTTPSConnection if at.scheme == "https" else http.client.HTTPConnection)(at.netloc, timeout=300)
+    headers = {"Content-Type": "application/json", **({"Authorization": "Bearer " + target.key} if target.key else {})}
+    with contextlib.closing(connection):
+        try:
+            connection.connect()
+            began = time.monotonic()
+            connection.request("POST", at.path.rstrip("/") + "/chat/completions", json.dumps({"model": target.model, "stream": True, "messages": messages}), headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise ConfigError(f"{target.name} answered {response.status}: {response.read(500).decode('utf-8', 'replace')}")
+            times, pieces = [], []      # type: Tuple[List[float], List[str]]
+            for line in response:
+                if line.startswith(b"data: {"):
+                    frame = json.loads(line[6:])
+                    if "error" in frame:
+                        raise ConfigError(f"{target.name} broke off: {dig(frame, ('error', 'message'))}")
+                    piece = frame["choices"][0]["delta"].get("content") if frame.get("choices") else None
+                    if piece:
+                        times.append(time.monotonic() - began)
+                        pieces.append(piece)
+        except (OSError, http.client.HTTPException) as e:
+            raise ConfigError(f"{target.name} at {target.url} cannot be asked: {e}") from None
+    if not times:
+        raise ConfigError(f"{target.name} answered without a word")
+    return Streamed(times[0], times, "".join(pieces))
+
+
+def process_tree(root: int) -> Dict[int, Tuple[int, float]]:
+    """{pid: (resident KiB, CPU seconds)} of a process and all below it, by ps; by /proc where there is one, to 10 ms."""
+    rows = [row.split() for row in subprocess.run(["ps", "-A", "-o", "pid=,ppid=,rss=,time="], capture_output=True, text=True).stdout.splitlines()]
+    tree, found = {root}, {}        # type: Tuple[Set[int], Dict[int, Tuple[int, float]]]
+    for _ in range(4):              # proxy, spawner, CLI, and what the CLI starts
+        tree |= {int(r[0]) for r in rows if int(r[1]) in tree}
+    for pid, _, rss, cpu in rows:
+        if int(pid) in tree:
+            days, _, clock = cpu.rpartition("-")
+            seconds = sum(float(n) * 60 ** i for i, n in enumerate(reversed(clock.split(":")))) + 86400 * int(days or 0)
+            try:
+                with open(f"/proc/{pid}/stat") as f:
+                    ticks = f.read().rpartition(")")[2].split()
+                seconds = (int(ticks[11]) + int(ticks[12])) / os.sysconf("SC_CLK_TCK")
+            except OSError:
+                pass                # macOS
+            found[int(pid)] = int(rss), seconds
+    return found
+
+
+def bench_streams(target: Target, prompt: str, streams: int) -> Dict[str, Any]:
+    """All at once: how many ended with the same words as the first, how fast, how evenly, at what cost."""
+    before, done, failed = process_tree(target.pid) if target.pid else {}, [], []       # type: Tuple[Dict[int, Tuple[int, float]], List[Streamed], List[str]]
+
+    def one(number: int) -> None:
+        try:
+            done.append(bench_ask(target, [{"role": "user", "content": f"{prompt}\n({number})"}]))
+        except ConfigError as e:
+            failed.append(str(e))
+    threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(streams)]
+    began, most = time.monotonic(), 0
+    for t in threads:
+        t.start()
+    while any(t.is_alive() for t in threads):
+        if target.pid:
+            most = max(most, sum(rss for rss, _ in process_tree(target.pid).values()))
+        next((t for t in threads if t.is_alive()), threads[0]).join(0.3)
+    seconds = time.monotonic() - began
+    words = sum(len(s.text.split()) for s in done)
+    gaps = sorted(b - a for s in done for a, b in zip(s.times, s.times[1:]))
+    result: Dict[str, Any] = {"streams": f"{len(done)}/{streams}", "words_per_s": round(words / seconds), "failed": failed[:3]}
+    if gaps:
+        result["gap_p99_ms"] = round(gaps[int(len(gaps) * 0.99)] * 1000, 1)
+    if target.pid and words:
+        after = process_tree(target.pid)
+        cpu = sum(seconds - before.get(pid, (0, 0.0))[1] for pid, (_, seconds) in after.items())
+        result["cpu_s_per_1000_words"] = round(1000 * cpu / words, 2)
+        result["mb_per_stream"] = round((most - sum(rss for rss, _ in before.values())) / 1024 / streams, 1)
+    return result
+
+
+def bench_latency(targets: Sequence[Target], prompt: str, runs: int, say: Callable[[str], None]) -> Dict[str, Dict[str, Any]]:
+    """Milliseconds to the first word, medians; the targets take turns, so that a busy moment of the machine hits all of them."""
+    kinds = ("warm_ms", "ten_turns_ms", "next_turn_ms")
+    taken: Dict[str, Dict[str, List[float]]] = {t.name: {k: [] for k in kinds} for t in targets}
+    for run in range(runs):
+        for target in targets:
+            say(f"latency {run + 1}/{runs}: {target.name}")
+            question = {"role": "user", "content": f"{prompt}\n({run} {uuid.uuid4().hex[:6]})"}
+            first = bench_ask(target, [question])
+            again = bench_ask(target, [question, {"role": "assistant", "content": first.text}, {"role": "user", "content": f"Again. {prompt}"}])
+            earlier = [m for i in range(10) for m in ({"role": "user", "content": f"Say {i} {uuid.uuid4().hex[:6]}."}, {"role": "assistant", "content": str(i)})]
+            replayed = bench_ask(target, [*earlier, question])
+            for kind, got in zip(kinds, (first, replayed, again)):
+                taken[target.name][kind].append(got.first * 1000)
+    return {name: {kind: round(statistics.median(ms), 1) for kind, ms in rows.items()} for name, rows in taken.items()}
+
+
+def command_bench(args: argparse.Namespace, providers: Dict[str, Provider]) -> int:
+    """Measure, show a table (or JSON) on stdout, progress on stderr. Exit status 1 if anything failed."""
+    say = (lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)) if sys.stderr.isatty() else (lambda text: None)
+    tell = lambda text: (say(""), print(text, file=sys.stderr, flush=True))     # noqa: E731
+    names = args.provider or [p.name for p in providers.values() if p.binary(os.environ)]
+    for name in names:
+        if name not in providers:
+            raise ConfigError(f"there is no provider {name}; there are {', '.join(providers)}")
+    prompt = args.prompt.replace("{words}", str(args.words))
+    tell(f"this sends {1 + 3 * args.runs + args.streams} requests of about {args.words} words to each of: {', '.join([*names, *args.url])}")
+    with tempfile.TemporaryFile("w+") as log_file, contextlib.ExitStack() as stack:
+        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--port", "0", "--no-warm", *(w for f in args.providers for w in ("--providers", f))],
+                                   stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
+        stack.callback(lambda: (process.terminate(), process.wait()))
+        targets = [Target(name, bench_address(process, log_file), name, pid=process.pid) for name in names]
+        targets += [Target(url, url, args.model, args.api_key) for url in args.url]
+        result: Dict[str, Dict[str, Any]] = {}
+        failed = []
+        for target in list(targets):
+            say(f"first request: {target.name}")
+            try:
+                result[target.name] = {"cold_ms": round(bench_ask(target, [{"role": "user", "content": prompt}]).first * 1000)}
+            except ConfigError as e:
+                failed.append(str(e))
+                targets.remove(target)
+        for name, row in bench_latency(targets, prompt, args.runs, say).items():
+            result[name].update(row)
+        for target in targets:
+            say(f"{args.streams} streams at once: {target.name}")
+            row = bench_streams(target, prompt, args.streams)
+            failed += row.pop("failed")
+            result[target.name].update(row)
+        say("")
+    if args.json:
+        print(json.dumps({"version": VERSION, "runs": args.runs, "words": args.words, "targets": result}, indent=2))
+    else:
+        table = [["", *(title for title, _ in BENCH_COLUMNS)]]
+        table += [[name, *(str(row.get(key, "-")) for _, key in BENCH_COLUMNS)] for name, row in result.items()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        for row in table:
+            print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+    for words in failed:
+        tell(f"failed: {words}")
+    return 1 if failed else 0
+
+
+def bench_address(process: Any, log_file: Any) -> str:
+    """The base URL that the proxy has printed. ConfigError with its words if it has ended instead."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        log_file.seek(0)
+        said = log_file.read()
+        m = re.search(r"http://[^ ]+/v1", said)
+        if m:
+            return m.group()
+        if process.poll() is not None:
+            raise ConfigError("the proxy to be measured did not start: " + said.strip())
+        time.sleep(0.02)
+    raise ConfigError("the proxy to be measured did not start within 20 s")
+
+
 # === Command line ====================================================================================================
 
 
@@ -3796,15 +5459,44 @@ def command_providers(args: argparse.Namespace, config: Mapping[str, Any]) -> in
 
 def command_echo(args: argparse.Namespace) -> int:
     """The CLI behind the model `echo`: reads one JSON line with messages, says the last user message back, word by word."""
-    messages = json.loads(sys.stdin.buffer.readline() or b'{"messages": []}')["messages"]
-    said = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-    words = re.findall(r"\S+\s*|\s+", said if isinstance(said, str) else "")
+    if args.acp:
+        return echo_agent()
+    words, usage = echo_words(json.loads(sys.stdin.buffer.readline() or b'{"messages": []}')["messages"])
     for word in words:
         sys.stdout.write(json.dumps({"type": "delta", "text": word}) + "\n" if args.json else word)
         sys.stdout.flush()
-    asked = sum(len(str(m.get("content", "")).split()) for m in messages)
-    sys.stdout.write(json.dumps({"type": "done", "usage": {"input": asked, "output": len(words)}}) + "\n" if args.json else "\n")
+    sys.stdout.write(json.dumps({"type": "done", "usage": usage}) + "\n" if args.json else "\n")
     return 0
+
+
+def echo_agent() -> int:
+    """The same as an agent that stays open: the Agent Client Protocol on stdin and stdout, as far as the driver `acp` speaks it."""
+    def say(message: Mapping[str, Any]) -> None:
+        sys.stdout.write(json.dumps({"jsonrpc": "2.0", **message}, separators=(",", ":")) + "\n")
+
+    for line in sys.stdin.buffer:
+        asked = json.loads(line)
+        method, params = asked.get("method"), asked.get("params", {})
+        result: Dict[str, Any] = {"protocolVersion": 1, "agentCapabilities": {}} if method == "initialize" else {}
+        if method == "session/new":
+            result = {"sessionId": uuid.uuid4().hex}
+        elif method == "session/prompt":
+            words, usage = echo_words(params["_meta"]["messages"])
+            for word in words:
+                say({"method": "session/update", "params": {"sessionId": params["sessionId"], "update": {
+                    "sessionUpdate": "agent_message_chunk", "content": {"type": "text", "text": word}}}})
+            result = {"stopReason": "end_turn", "usage": {"inputTokens": usage["input"], "outputTokens": usage["output"]}}
+        if "id" in asked:
+            say({"id": asked["id"], "result": result})
+        sys.stdout.flush()
+    return 0
+
+
+def echo_words(messages: Sequence[Mapping[str, Any]]) -> Tuple[List[str], Dict[str, int]]:
+    """The words of the last user message, and the words of all as usage."""
+    said = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+    words = re.findall(r"\S+\s*|\s+", said if isinstance(said, str) else "")
+    return words, {"input": sum(len(str(m.get("content", "")).split()) for m in messages), "output": len(words)}
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
@@ -3827,10 +5519,11 @@ def settings_from(args: argparse.Namespace) -> Settings:
 def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> int:
     """Serve until SIGTERM or Ctrl-C, then let running requests finish; a second signal ends them."""
     settings = settings_from(args)
+    allow_descriptors()
     spawner = Spawner()                     # before any thread
     ports: List[int] = []
     try:
-        state = State(settings, Router(providers, spawner, ports, log, settings.strict))
+        state = State(settings, Router(providers, spawner, ports, log, settings.strict, args.one_shot))
         listeners = open_listeners(settings, state)
         ports += [listener.server_port for listener in listeners]
         signals: queue.SimpleQueue = queue.SimpleQueue()
@@ -3841,7 +5534,7 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
             t.start()
         base = f"http://{'localhost' if listeners[0].is_loopback else settings.host}:{ports[0]}/v1"
         print(f"cliproxy {VERSION} on {base}   (OPENAI_BASE_URL={base})", file=sys.stderr, flush=True)
-        threading.Thread(target=_greet, args=(state,), name="look", daemon=True).start()
+        threading.Thread(target=_greet, args=(state, not args.no_warm), name="look", daemon=True).start()
         _wait_for_signal(signals, spawner)
         state.stopping.set()
         closers = [threading.Thread(target=listener.shutdown) for listener in listeners]     # all at once, because each waits for its poll
@@ -3860,16 +5553,26 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
         spawner.close()
 
 
-def _greet(state: State) -> None:
-    """Say what was found, one provider at a time, while the server is answering already."""
+def _greet(state: State, warm: bool) -> None:
+    """Say what was found, one provider at a time, while the server is answering already; start what stays open."""
     def say(line: str) -> None:
         if not state.stopping.is_set():     # what was found then is only that no process can be started any more
             print(line, file=sys.stderr, flush=True)
     for provider in state.router.providers.values():
-        look_at(state.router, provider, say)
+        ready = look_at(state.router, provider, say)
         binary = provider.binary(os.environ)
         if binary:
             state.router.prepared(provider, binary)
+        if ready and warm and not state.stopping.is_set():
+            state.router.warm(provider)
+
+
+def allow_descriptors() -> None:
+    """Raise our own limit on open files: a stream takes four, and 256 (macOS) or 1,024 (Linux) are soon used up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    want = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
+    if soft != resource.RLIM_INFINITY and soft < want:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (want, hard))
 
 
 def _wait_for_signal(signals: queue.SimpleQueue, spawner: Spawner) -> None:
@@ -3892,7 +5595,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version="cliproxy " + VERSION)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--providers", metavar="FILE", action="append", default=[], help="merge this file over the built-in providers (repeatable)")
-    commands = parser.add_subparsers(dest="command", metavar="serve|doctor|providers")
+    commands = parser.add_subparsers(dest="command", metavar="serve|doctor|bench|providers")
     serve = commands.add_parser("serve", parents=[common], help="serve (what happens when no command is given)")
     serve.add_argument("--host", default="", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1 and ::1)")
     serve.add_argument("--port", type=int, default=8080, help="0 takes a free one and prints it (default: %(default)s)")
@@ -3903,6 +5606,8 @@ def argument_parser() -> argparse.ArgumentParser:
     serve.add_argument("--keepalive", metavar="SECONDS", type=float, default=10.0, help="silence after which a stream gets a comment line (default: %(default)s)")
     serve.add_argument("--max-body-mb", metavar="MB", type=int, default=32, help="largest request body (default: %(default)s)")
     serve.add_argument("--max-connections", metavar="N", type=int, default=512, help="connections at the same time (default: %(default)s)")
+    serve.add_argument("--one-shot", action="store_true", help="start a process for each request, keep none open (least memory, slow)")
+    serve.add_argument("--no-warm", action="store_true", help="start a CLI when it is first asked, not ahead of time (saves memory)")
     serve.add_argument("--drain", metavar="SECONDS", type=float, default=30.0, help="time for running requests after SIGTERM (default: %(default)s)")
     doctor = commands.add_parser("doctor", parents=[common], help="what is installed, tested, logged in; exit status 0 if all is well")
     doctor.add_argument("provider", nargs="*", help="only these")
@@ -3910,14 +5615,25 @@ def argument_parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("providers", parents=[common], help="print the merged providers as JSON")
     listing.add_argument("--builtin", action="store_true", help="print providers.json as this script carries it")
     parser.epilog = re.sub(r"(?s).*?\n\n(?:options|optional arguments):\n.*?(?=  --(?!help))", "options of serve:\n", serve.format_help(), count=1) + "\n" + str(parser.epilog)
+    bench = commands.add_parser("bench", parents=[common], help="how fast it is here: first word, streams at once, memory, CPU, per installed CLI")
+    bench.add_argument("provider", nargs="*", help="only these")
+    bench.add_argument("--runs", type=int, default=10, help="latency measurements of each kind (default: %(default)s)")
+    bench.add_argument("--streams", type=int, default=10, help="streams at the same time (default: %(default)s)")
+    bench.add_argument("--words", type=int, default=30, help="words that are asked for (default: %(default)s)")
+    bench.add_argument("--prompt", default=BENCH_PROMPT, help="what is asked; {words} is the number of words")
+    bench.add_argument("--url", metavar="BASE_URL", action="append", default=[], help="measure this OpenAI-compatible server in the same run too (repeatable)")
+    bench.add_argument("--model", default="gpt-4o", help="the model asked for at --url (default: %(default)s)")
+    bench.add_argument("--api-key", metavar="KEY", default="", help="the key for --url")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     echo = commands.add_parser("_echo")
     echo.add_argument("--json", action="store_true")
+    echo.add_argument("--acp", action="store_true")
     return parser
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = ("serve", "doctor", "providers", "_echo")
+    commands = ("serve", "doctor", "bench", "providers", "_echo")
     if not any(w in commands for w in words[:1]) and not any(w in ("-h", "--help", "--version") for w in words):
         words.insert(0, "serve")
     args = argument_parser().parse_args(words)
@@ -3931,7 +5647,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         providers = load_providers(config)
         if args.command == "providers":
             return command_providers(args, config)
-        return (command_doctor if args.command == "doctor" else command_serve)(args, providers)
+        return {"doctor": command_doctor, "bench": command_bench, "serve": command_serve}[args.command](args, providers)
     except ConfigError as e:
         print(f"cliproxy: {e}", file=sys.stderr)
         return 2

@@ -205,6 +205,9 @@ class Stage:
         with open(os.path.join(self.folder, name), "w") as f:
             f.write(str(pid))
 
+    def do_renamed(self):
+        pass
+
     def do_deaf(self):
         """From now on SIGTERM does nothing."""
         import signal
@@ -216,6 +219,283 @@ class Stage:
     def do_kill(self, number):
         self.out.flush()
         os.kill(os.getpid(), number)
+
+
+class Agent:
+    """A CLI that stays open: gemini and qwen --acp, codex app-server, claude with both streams. Each prompt plays NAME.json as it stands then.
+
+    What a model would be asked stands in NAME.asked.N: {pid, model, system, messages: [[role, text] ...], settings} of the N-th prompt."""
+
+    def __init__(self, name, folder, kind):
+        import threading
+        self.name, self.folder, self.kind = name, folder, kind
+        self.write_lock, self.threads = threading.Lock(), []
+        self.sessions = {}                  # id -> {"history": [[role, text]], "model": ..., "mode": ..., "system": ...}
+        self.running = {}                   # session id -> Event: cancelled
+        self.place = os.path.dirname(os.getcwd())
+
+    def run(self):
+        for line in sys.stdin.buffer:
+            message = json.loads(line)
+            with open(os.path.join(self.folder, self.name + ".heard"), "a") as f:
+                f.write(line.decode())
+            self.hear(message)
+        return 0
+
+    def say(self, *rows):
+        with self.write_lock:
+            sys.stdout.buffer.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+            sys.stdout.buffer.flush()
+
+    def script(self):
+        try:
+            with open(os.path.join(self.folder, self.name + ".json")) as f:
+                return json.load(f)
+        except FileNotFoundError:
+            return DEFAULT_SCRIPT
+
+    def prompted(self, session, lines, finished):
+        """Note what was asked and play the script in a thread; `finished(status)` when it is over: done, cancelled."""
+        import threading
+        asked = {"pid": os.getpid(), "session": session, **{k: v for k, v in self.sessions[session].items() if k != "mode"}}
+        number = 0
+        while True:
+            try:
+                fd = os.open(os.path.join(self.folder, f"{self.name}.asked.{number}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                break
+            except FileExistsError:
+                number += 1
+        with os.fdopen(fd, "w") as f:
+            json.dump(asked, f)
+        cancelled = self.running[session] = threading.Event()
+        stage = Turn(self, session, lines, cancelled)
+        runs = self.script().get("runs")
+        steps = runs[min(number, len(runs) - 1)] if runs else self.script().get("steps", DEFAULT_SCRIPT["steps"])
+
+        def play():
+            stage.perform(steps)
+            finished(stage)
+        thread = threading.Thread(target=play, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+
+class AcpAgent(Agent):
+    """The Agent Client Protocol as gemini 0.61.0 and qwen 0.15.10 speak it."""
+
+    def hear(self, message):
+        method, params, number = message.get("method"), message.get("params", {}), message.get("id")
+        session = params.get("sessionId")
+        if method == "initialize":
+            return self.say({"jsonrpc": "2.0", "id": number, "result": {"protocolVersion": 1, "agentInfo": {"name": self.kind}, "agentCapabilities": {"loadSession": True}}})
+        if method == "session/new":
+            session = f"s{len(self.sessions)}-{os.getpid()}"
+            settings = os.path.join(params["cwd"], ".qwen", "settings.json")
+            body = {}
+            if os.path.exists(settings):
+                with open(settings) as f:
+                    body = json.load(f)["model"]
+            self.sessions[session] = {"messages": body.get("generationConfig", {}).get("extra_body", {}).get("messages", []), "model": body.get("name"),
+                                      "settings": {k: v for k, v in body.get("generationConfig", {}).get("extra_body", {}).items() if k != "messages"}}
+            self.say({"jsonrpc": "2.0", "id": number, "result": {"sessionId": session, "models": {"currentModelId": "scripted"}}})
+            return self.say({"jsonrpc": "2.0", "method": "session/update", "params": {"sessionId": session, "update": {"sessionUpdate": "available_commands_update", "availableCommands": []}}})
+        if method == "session/load":
+            return self.load(number, session)
+        if session not in self.sessions:
+            return self.say({"jsonrpc": "2.0", "id": number, "error": {"code": -32602, "message": f"Session not found: {session}"}})
+        if method == "session/cancel":
+            return self.running[session].set() if session in self.running else None
+        if method == "session/set_model":
+            self.sessions[session]["model"] = params["modelId"]
+            return self.say({"jsonrpc": "2.0", "id": number, "result": {}})
+        if method == "session/set_mode":
+            if params["modeId"] != self.sessions[session].get("mode", "default"):
+                self.sessions[session].update(mode=params["modeId"], system=self.system())
+            self.say(self.chunk(session, "agent_message_chunk", f"[MODE_UPDATE] {params['modeId']}"), {"jsonrpc": "2.0", "id": number, "result": {}})
+        if method == "session/prompt":
+            text = "".join(block.get("text", "") for block in params["prompt"])
+            if text and self.kind == "gemini":
+                self.sessions[session]["messages"].append(["user", text])
+            self.prompted(session, lambda step, *args: self.lines(session, step, *args), lambda stage: self.over(session, number, stage))
+
+    def system(self):
+        with open(os.path.join(self.place, "system.md")) as f:
+            return f.read()
+
+    def load(self, number, session):
+        """Read a session file as gemini does, answer, and replay one update for each message afterwards."""
+        folder = os.path.join(self.place, "home", ".gemini", "tmp", "work", "chats")
+        with open(os.path.join(folder, f"session-{session}.jsonl")) as f:
+            rows = [json.loads(line) for line in f][1:]
+        open(os.path.join(folder, f"session-2026-{session[:8]}.jsonl"), "w").close()
+        messages = []
+        for row in rows:
+            said = [p["text"] for p in row["content"] if "text" in p and not p.get("thought")]
+            messages += [[{"gemini": "assistant"}.get(row["type"], row["type"]), "".join(said)]] if said else []
+        self.sessions[session] = {"messages": messages, "model": None, "system": self.system()}
+        self.say({"jsonrpc": "2.0", "id": number, "result": {"modes": {}, "models": {}}})
+        self.say(*(self.chunk(session, "agent_message_chunk" if row["type"] == "gemini" else "user_message_chunk", "replayed") for row in rows))
+
+    @staticmethod
+    def chunk(session, kind, text, **more):
+        return {"jsonrpc": "2.0", "method": "session/update", "params": {"sessionId": session, "update": {"sessionUpdate": kind, "content": {"type": "text", "text": text}, **more}}}
+
+    def lines(self, session, step, *args):
+        if step in ("say", "think"):
+            return [self.chunk(session, "agent_message_chunk" if step == "say" else "agent_thought_chunk", piece) for piece in args[0]]
+        if step == "end" and self.kind == "qwen":
+            return [self.chunk(session, "agent_message_chunk", "", _meta={"usage": {"inputTokens": 72, "outputTokens": 6, "cachedReadTokens": 10}})]
+        return []
+
+    def over(self, session, number, stage):
+        del self.running[session]
+        if stage.failed:
+            message, code = stage.failed
+            error = {"code": code, "message": message} if self.kind == "gemini" else {"code": -32603, "message": "Internal error", "data": {"details": message}}
+            return self.say({"jsonrpc": "2.0", "id": number, "error": error})
+        result = {"stopReason": "cancelled" if stage.cancelled.is_set() else "end_turn"}
+        if self.kind == "gemini" and not stage.cancelled.is_set():
+            result["_meta"] = {"quota": {"token_count": {"input_tokens": 72, "output_tokens": 6}, "model_usage": [{"model": "m"}] if stage.ended else []}}
+            self.sessions[session]["messages"].append(["assistant", "".join(stage.said)])
+        self.say({"jsonrpc": "2.0", "id": number, "result": result})
+
+
+class CodexAgent(Agent):
+    """codex app-server 0.169.0."""
+
+    def hear(self, message):
+        method, params, number = message.get("method"), message.get("params", {}), message.get("id")
+        thread = params.get("threadId")
+        if method == "initialize":
+            self.say({"id": number, "result": {"userAgent": "cliproxy/0.169.0"}})
+        elif method == "thread/start":
+            thread = f"t{len(self.sessions)}-{os.getpid()}"
+            self.sessions[thread] = {"messages": [], "model": params["model"], "system": params["baseInstructions"]}
+            self.say({"id": number, "result": {"thread": {"id": thread}, "model": params["model"]}})
+        elif thread not in self.sessions and number is not None:
+            self.say({"id": number, "error": {"code": -32600, "message": f"thread not found: {thread}"}})
+        elif method == "thread/inject_items":
+            self.sessions[thread]["messages"] += [[i["role"], "".join(p.get("text", "") for p in i["content"])] for i in params["items"]]
+            self.say({"id": number, "result": {}})
+        elif method == "turn/start":
+            self.sessions[thread]["settings"] = {k: v for k, v in params.items() if k in ("effort", "summary", "outputSchema")}
+            self.say({"id": number, "result": {"turn": {"id": "turn-" + thread, "status": "inProgress"}}}, {"method": "turn/started", "params": {"threadId": thread}})
+            self.prompted(thread, lambda step, *args: self.lines(thread, step, *args), lambda stage: self.over(thread, stage))
+        elif method == "turn/interrupt":
+            if thread in self.running:
+                self.running[thread].set()
+            self.say({"id": number, "result": {}})
+        elif method == "thread/unsubscribe":
+            self.say({"id": number, "result": {"status": "unsubscribed"}}, {"method": "thread/closed", "params": {"threadId": thread}})
+            del self.sessions[thread]
+
+    @staticmethod
+    def lines(thread, step, *args):
+        if step == "say":
+            return [{"method": "item/agentMessage/delta", "params": {"threadId": thread, "turnId": "t", "itemId": "msg_1", "delta": piece}} for piece in args[0]]
+        if step == "think":
+            return [{"method": "item/reasoning/summaryTextDelta", "params": {"threadId": thread, "delta": piece, "summaryIndex": 0}} for piece in args[0]]
+        if step == "end":
+            return [{"method": "thread/tokenUsage/updated", "params": {"threadId": thread, "tokenUsage": {"last": {
+                "inputTokens": 72, "cachedInputTokens": 10, "outputTokens": 6, "reasoningOutputTokens": 0}}}}]
+        return [{"method": "item/agentMessage/words", "params": {"threadId": thread, "words": "a"}}] if step == "renamed" else []
+
+    def over(self, thread, stage):
+        del self.running[thread]
+        turn = {"id": "turn-" + thread, "status": "interrupted" if stage.cancelled.is_set() else "completed", "error": None}
+        if stage.failed:
+            message, code = stage.failed
+            turn.update(status="failed", error={"message": message, "codexErrorInfo": {"httpConnectionFailed": {"httpStatusCode": code}}})
+        else:
+            self.sessions[thread]["messages"].append(["assistant", "".join(stage.said)])
+        self.say({"method": "turn/completed", "params": {"threadId": thread, "turn": turn}})
+
+
+class ClaudeAgent(Agent):
+    """claude 2.1.197 with --input-format stream-json and its control protocol: one conversation, reset by compact_boundary."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.sessions["one"] = {"messages": [], "model": None, "system": None, "settings": {}}
+
+    def hear(self, message):
+        one, kind = self.sessions["one"], message["type"]
+        if kind == "system":
+            one["messages"] = []
+        elif kind == "assistant":
+            one["messages"].append(["assistant", self.words(message)])
+        elif kind == "control_request":
+            self.control(message["request_id"], message["request"], one)
+        elif kind == "user":
+            one["messages"].append(["user", self.words(message)])
+            if message.get("shouldQuery") is False:
+                return self.say(*claude_lines("begin")[:1], claude_result(False, ""))
+            self.prompted("one", claude_lines, self.over)
+
+    @staticmethod
+    def words(message):
+        return "".join(block.get("text", "") for block in message["message"]["content"])
+
+    def control(self, number, request, one):
+        kind = request["subtype"]
+        if kind == "set_model":
+            one["model"] = request["model"]
+        elif kind == "interrupt" and "one" in self.running:
+            self.running["one"].set()
+        elif kind == "apply_flag_settings":
+            settings = request["settings"]
+            one["settings"] = settings.get("env", {})
+            if "agent" in settings:
+                with open(os.path.join(os.getcwd(), ".claude", "agents", "dyn.md")) if settings["agent"] else open(os.devnull) as f:
+                    one["system"] = f.read().partition("\n---\n")[2] if settings["agent"] else None
+        self.say({"type": "control_response", "response": {"subtype": "success", "request_id": number, "response": {}}})
+
+    def over(self, stage):
+        del self.running["one"]
+        if stage.cancelled.is_set():
+            return self.say({**claude_result(True, ""), "subtype": "error_during_execution", "terminal_reason": "aborted_streaming"})
+        if not stage.failed:
+            self.sessions["one"]["messages"].append(["assistant", "".join(stage.said)])
+
+
+class Turn(Stage):
+    """The stage of one prompt: steps as ever, but it listens for its cancellation."""
+
+    def __init__(self, agent, session, lines, cancelled):
+        super().__init__(agent.name, agent.folder, lines)
+        self.agent, self.session, self.cancelled = agent, session, cancelled
+        self.said, self.failed, self.ended = [], None, False
+
+    def perform(self, steps):
+        for step, *args in steps:
+            if self.cancelled.is_set():
+                return
+            self.spoken(step, *args) if step in SPOKEN else getattr(self, "do_" + step)(*args)
+
+    def spoken(self, step, *args):
+        self.ended = self.ended or step == "end"
+        self.said += args[0] if step == "say" else []
+        if step == "fail":
+            self.failed = (args[0], args[1] if len(args) > 1 else 500)
+        self.agent.say(*self.lines(step, *args))
+
+    def do_wait(self, name):
+        while not os.path.exists(os.path.join(self.folder, name)) and not self.cancelled.wait(0.01):
+            pass
+
+    def do_line(self, row):
+        self.agent.say(row)
+
+    def do_renamed(self):
+        """An event of a type that no rule knows."""
+        self.agent.say(*self.lines("renamed"))
+
+    def do_ask(self, method, params):
+        """A request of the CLI to its client."""
+        self.agent.say({"jsonrpc": "2.0", "id": 0, "method": method, "params": {"sessionId": self.session, **params}})
+
+
+AGENTS = {"claude": (ClaudeAgent, "project"), "gemini": (AcpAgent, "--acp"), "codex": (CodexAgent, "app-server"), "qwen": (AcpAgent, "--acp")}
 
 
 def play(name, folder, arguments):
@@ -231,6 +511,10 @@ def play(name, folder, arguments):
         said, status = probes[" ".join(arguments)]
         print(said)
         return status
+    agent, sign = AGENTS[kind]
+    if sign in arguments:
+        status = Stage(name, folder, None).perform(script.get("start", []))
+        return status or agent(name, folder, kind).run()
     number = 0                                      # of this run, from 0
     while True:
         try:
@@ -303,6 +587,7 @@ import pathlib
 import py_compile
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -525,7 +810,7 @@ class Machine:
         with open(__file__, encoding="utf-8") as f, open(os.path.join(self.folder, "fake.py"), "w", encoding="utf-8") as fake:
             fake.write(f.read().partition("# === Getting pytest")[0])
         py_compile.compile(fake.name, os.path.join(self.folder, "fake.pyc"), doraise=True)
-        providers = {**{name: one_shot(name) for name in CLIS}, **(providers or {})}
+        providers = {**{name: one_shot(name) for name in BUILTIN_NAMES}, **(providers or {})}
         self.names = [*BUILTIN_NAMES, *(name for name in providers if name not in BUILTIN_NAMES)]
         for name in [*clis, *self.names[len(BUILTIN_NAMES):]]:
             self.install(name)
@@ -832,15 +1117,11 @@ def global_names(text):
     return {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}, used(table, True)
 
 
-# providers.json may name every driver there is, so its check looks into the table of drivers, when it is called.
-LOOKS_DOWN = {("Configuration", "DRIVERS")}
-
-
 def test_a_section_uses_no_name_of_a_section_below_it():
     found = [(title, *global_names(text)) for title, text in sections(source())]
     assert len(found) >= 13
     below = {(title, name) for i, (title, defined, used) in enumerate(found) for _, later, _ in found[i + 1:] for name in used & later - defined}
-    assert below == LOOKS_DOWN
+    assert not below
 
 
 def test_the_check_of_the_sections_sees_a_name_that_is_used_too_early():
@@ -1083,7 +1364,7 @@ MISTAKES = [
     (patch("claude", args=[{"if": "model"}]), "$.providers.claude.args[0].argv: is missing; expected a value"),
     (patch("claude", strategies=[]), "$.providers.claude.strategies: expected at least one strategy, found none"),
     (patch("claude", strategies=[{"driver": "telnet", "argv": []}]), "$.providers.claude.strategies[0].driver: expected one of "),
-    (patch("claude", strategies=[{"driver": "jsonl", "argv": []}]), "$.providers.claude.strategies[0].events: is missing; a jsonl strategy needs rules that say what a line means"),
+    (patch("codex", strategies=[{"driver": "jsonl", "argv": []}]), "$.providers.codex.strategies[0].events: is missing; a jsonl strategy needs rules that say what a line means"),
     (patch("claude", strategies=[{**JSONL, "events": [{"done": "stop"}]}]), "$.providers.claude.strategies[0].events[0].if: is missing; expected an object"),
     (patch("claude", strategies=[{**JSONL, "events": [{"if": {"a": {"matches": "x"}}}]}]), "$.providers.claude.strategies[0].events[0].if.a.matches: is not a setting; expected one of exists, match"),
     (patch("claude", strategies=[{**JSONL, "argv": ["{modle}"]}]), "$.providers.claude.strategies[0]: {modle} is not a variable; expected one of "),
@@ -1766,15 +2047,15 @@ def variables_of(name, messages, driver="jsonl", place="/place", model="", outsi
 def test_a_file_of_lines_is_written_message_by_message():
     spec = {"lines": [{"first": "{model}"}, {"for": "history:anthropic", "user": {"id": "{id}", "parent": "{parent}", "said": "{content}"}, "assistant": {"id": "{id}", "parent": "{parent}"}}]}
     variables = variables_of("claude", [user("a"), Message("assistant", (TextPart("b"),)), user("c")], model="opus")
-    first, a, b = (json.loads(line) for line in cliproxy.fill_lines(spec, variables).splitlines())
+    first, a, b = (json.loads(line) for line in cliproxy.fill_lines(spec, variables.lookup).splitlines())
     assert first == {"first": "opus"} and a == {"id": a["id"], "parent": None, "said": [{"type": "text", "text": "a"}]} and b == {"id": b["id"], "parent": a["id"]}
     assert a["id"] != b["id"]
 
 
 def test_a_file_of_lines_can_depend_on_a_value():
     spec = {"if": "history", "lines": [{"a": 1}, {"for": "history:responses", "each": {"payload": "{item}"}}]}
-    assert cliproxy.fill_lines(spec, variables_of("codex", [user("c")])) is cliproxy.MISSING
-    lines = cliproxy.fill_lines(spec, variables_of("codex", [user("a"), user("c")])).splitlines()
+    assert cliproxy.fill_lines(spec, variables_of("codex", [user("c")]).lookup) is cliproxy.MISSING
+    lines = cliproxy.fill_lines(spec, variables_of("codex", [user("a"), user("c")]).lookup).splitlines()
     assert [json.loads(line) for line in lines] == [{"a": 1}, {"payload": {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]}}]
 
 
@@ -2255,6 +2536,347 @@ def test_plain_text_of_a_cli_that_fails_is_no_answer_unless_it_was_streamed():
     assert [type(e).__name__ for e in replay("claude", Replay(b"half an answer\n", "", 1), "text")] == ["Crashed"]
     events = replay("gemini", Replay(b"half\nan answer", "", 1), "text")
     assert events[0] == Text("half") and isinstance(events[-1], cliproxy.Crashed)
+
+
+# === Residents =======================================================================================================
+
+
+STAYS = {"claude": "claude-stream", "gemini": "acp", "codex": "codex-app-server", "qwen": "acp"}
+HISTORY = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]
+
+
+@pytest.fixture
+def staying(serve):
+    """staying(name, ...) -> a Proxy whose CLI of that name stays open, and is up."""
+    def start(name, flags=(), ready=True, **more):
+        row = more.pop("row", {})
+        proxy = serve(clis=[name], providers={name: row}, flags=flags, **more)
+        if ready:
+            eventually(f"{name} is up", lambda: proxy.lines("event=resident-ready"))
+        return proxy
+    return start
+
+
+def asked(proxy, name, number=0):
+    """What the model was asked by the number-th prompt."""
+    return json.loads(eventually(f"prompt {number} comes", lambda: proxy.exists(f"{name}.asked.{number}") and proxy.read(f"{name}.asked.{number}")))
+
+
+def logged(proxy, number):
+    """The key=value pairs of the number-th request's line in the log."""
+    line = eventually("the request is logged", lambda: proxy.lines("method=POST")[number:number + 1])[0]
+    return dict(pair.split("=", 1) for pair in shlex.split(line))
+
+
+def conversation(seen):
+    """[(role, text)] of what reached the model, whatever the protocol calls the roles; the system prompt first."""
+    rows = [(r["role"], r["content"]) if isinstance(r, dict) else tuple(r) for r in seen["messages"]]
+    rows = [("system" if role == "developer" else role, text) for role, text in rows]
+    return [("system", seen["system"]), *rows] if seen.get("system") else rows
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_a_resident_answers_one_request_after_the_other_in_the_same_process(staying, name):
+    proxy = staying(name)
+    for text in ("a", "b", "c"):
+        answered = proxy.ask(name, text)
+        assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-strategy"] == STAYS[name]
+        assert answered.json["usage"]["completion_tokens"] == 6 and answered.json["usage"]["prompt_tokens"] == 72
+    seen = [asked(proxy, name, i) for i in range(3)]
+    assert [conversation(s) for s in seen] == [[("user", text)] for text in "abc"]
+    assert len({s["pid"] for s in seen}) <= (2 if name == "claude" else 1)      # another claude takes over what the first would have to forget for
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_an_answer_of_a_resident_is_streamed_with_its_thoughts(staying, name):
+    proxy = staying(name)
+    proxy.play(name, ["begin"], ["think", ["hm ", "hm"]], ["say", ["a ", "b"]], ["end"])
+    frames = proxy.ask(name, stream=True).frames
+    deltas = [f["choices"][0]["delta"] for f in frames[:-1]]
+    assert "".join(d.get("content") or "" for d in deltas) == "a b" and "".join(d.get("reasoning_content") or "" for d in deltas) == "hm hm"
+    assert [f["choices"][0]["finish_reason"] for f in frames[:-1] if f["choices"][0]["finish_reason"]] == ["stop"] and frames[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_the_history_gets_to_a_resident_as_turns_and_the_system_prompt_as_one(staying, name):
+    proxy = staying(name)
+    assert proxy.ask(name, HISTORY).text == "".join(HELLO)
+    assert conversation(asked(proxy, name)) == [("system", "Be kind."), ("user", "one"), ("assistant", "two"), ("user", "three")]
+    assert proxy.ask(name, "plain").text == "".join(HELLO)
+    assert conversation(asked(proxy, name, 1)) == [("user", "plain")], "nothing is left of the request before"
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_a_conversation_goes_on_where_it_was_if_all_that_was_said_is_the_same(staying, name):
+    proxy, turns = staying(name), [{"role": "user", "content": "one"}]
+    for number in range(3):
+        said = proxy.ask(name, turns).text
+        rows = [("user" if i % 2 == 0 else "assistant", t["content"]) for i, t in enumerate(turns)]
+        assert conversation(asked(proxy, name, number)) == rows
+        assert (logged(proxy, number)["session"] == "live") == (number > 0 and name != "qwen")
+        turns += [{"role": "assistant", "content": said}, {"role": "user", "content": f"more {number}"}]
+    heard = proxy.read(f"{name}.heard")
+    assert heard.count('"more 0"') == {"claude": 1, "gemini": 1, "codex": 1, "qwen": 0}[name], "the third turn did not bring the second again"
+
+
+@pytest.mark.parametrize("name", ["claude", "gemini", "codex"])
+def test_an_edited_conversation_and_a_branch_are_told_from_the_start(staying, name):
+    proxy = staying(name)
+    said = proxy.ask(name, "one").text
+    for number, (first, answer, last) in enumerate([("one", said, "left"), ("one", said, "right"), ("one", "other", "x"), ("won", said, "y")], 1):
+        proxy.ask(name, [{"role": "user", "content": first}, {"role": "assistant", "content": answer}, {"role": "user", "content": last}])
+        assert conversation(asked(proxy, name, number)) == [("user", first), ("assistant", answer), ("user", last)]
+        assert (logged(proxy, number)["session"] == "live") == (number == 1)
+
+
+def test_another_key_or_another_parameter_is_another_conversation(staying):
+    proxy = staying("codex", flags=["--api-key", "k1", "--api-key", "k2"])
+    said = proxy.ask("codex", "one", headers={"Authorization": "Bearer k1"}).text
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": said}, {"role": "user", "content": "two"}]
+    for number, (key, more, live) in enumerate([("k2", {}, False), ("k1", {"reasoning_effort": "low"}, False), ("k1", {}, True)], 1):
+        assert proxy.ask("codex", turns, headers={"Authorization": "Bearer " + key}, **more).status == 200
+        assert (logged(proxy, number)["session"] == "live") == live
+
+
+def test_two_clients_on_the_same_conversation_at_once_both_get_an_answer_to_theirs(staying):
+    proxy = staying("codex")
+    said = proxy.ask("codex", "one").text
+    proxy.play("codex", ["begin"], ["wait", "go"], ["say", ["yes"]], ["end"])
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": said}]
+    sockets = [proxy.started("codex", messages=[*turns, {"role": "user", "content": text}]) for text in ("left", "right")]
+    both = {tuple(conversation(asked(proxy, "codex", n))) for n in (1, 2)}
+    proxy.touch("go")
+    assert both == {(("user", "one"), ("assistant", said), ("user", text)) for text in ("left", "right")}
+    for s in sockets:
+        with s:
+            assert b"yes" in until(s, b"[DONE]")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", CLIS)
+def test_a_client_that_leaves_interrupts_the_turn_and_the_process_lives_on(staying, name, when):
+    proxy = staying(name)
+    first = [] if when == "before" else [["say", ["a "]]]
+    proxy.play(name, ["begin"], *first, ["wait", "never"], ["say", ["too late"]], ["end"])
+    with proxy.started(name) as s:
+        pid = asked(proxy, name)["pid"]
+        if first:
+            until(s, b"a ")
+    word = {"claude": '"interrupt"', "codex": "turn/interrupt"}.get(name, "session/cancel")
+    eventually("the turn is interrupted", lambda: word in proxy.read(f"{name}.heard"))
+    proxy.play(name)
+    assert proxy.ask(name, "again").text == "".join(HELLO) and alive(pid)
+    assert conversation(asked(proxy, name, 1)) == [("user", "again")]
+
+
+@pytest.mark.parametrize("name, message, status, code", [
+    ("gemini", '{"error": {"code": 429, "message": "slow down"}}', 429, "rate_limit_exceeded"), ("gemini", "terminated", 502, "provider_unreachable"),
+    ("qwen", "401 bad key", 401, "provider_authentication_failed"), ("codex", "unexpected status 503 Service Unavailable: busy", 503, "overloaded")])
+def test_an_error_of_a_resident_has_the_status_it_had_for_the_cli(staying, name, message, status, code):
+    proxy = staying(name)
+    proxy.play(name, ["begin"], ["fail", message, {"terminated": 500}.get(message, status)])
+    answered = proxy.ask(name)
+    assert (answered.status, answered.json["error"]["code"]) == (status, code)
+    proxy.play(name)
+    assert proxy.ask(name).text == "".join(HELLO), "the process is as good as new"
+
+
+def test_an_error_after_the_first_word_leaves_all_words_before_it_and_no_finish_reason(staying):
+    proxy = staying("codex")
+    proxy.play("codex", ["begin"], ["say", ["a ", "b "]], ["fail", "stream disconnected before completion: cut", None])
+    frames = proxy.ask("codex", stream=True).frames
+    assert "".join(f["choices"][0]["delta"].get("content") or "" for f in frames[:-1]) == "a b " and frames[-1]["error"]["code"] == "provider_unreachable"
+    assert not any(f["choices"][0]["finish_reason"] for f in frames[:-1])
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_a_killed_resident_costs_its_turns_nothing_before_their_first_word(staying, name):
+    proxy = staying(name)
+    well = [["begin"], ["say", ["saved"]], ["end"]]
+    proxy.play(name, runs=[well, [["begin"], ["kill", signal.SIGKILL]], well])
+    assert proxy.ask(name).text == "saved"          # one that dies before it has served anything would be waited with
+    assert proxy.ask(name).text == "saved"
+    assert asked(proxy, name, 1)["pid"] != asked(proxy, name, 2)["pid"] and proxy.lines("event=retry")
+
+
+def test_a_killed_resident_ends_what_had_begun_with_an_error_and_the_next_request_is_answered(staying):
+    proxy = staying("codex")
+    proxy.play("codex", ["begin"], ["say", ["a "]], ["wait", "never"])
+    streams = [proxy.started("codex") for _ in range(5)]
+    for s in streams:
+        until(s, b"a ")
+    os.kill(asked(proxy, "codex")["pid"], signal.SIGKILL)
+    for s in streams:
+        with s:
+            assert b'"code":"provider_crashed"' in until(s, b"0\r\n\r\n")
+    proxy.play("codex")
+    assert proxy.ask("codex").text == "".join(HELLO)
+
+
+@pytest.mark.parametrize("start, why", [([["err", "no such thing\n"], ["exit", 3]], "no such thing"), ([["bytes", b"Please visit the following URL\n".hex()], ["wait", "never"]], "Please visit")])
+def test_a_cli_that_does_not_come_up_is_asked_by_a_process_for_each_turn(staying, start, why):
+    proxy = staying("gemini", ready=False, scripts={"gemini": {"start": start}})
+    eventually("the failure is told", lambda: proxy.lines("event=resident-failed"))
+    assert why in proxy.lines("event=resident-failed")[0]
+    answered = proxy.ask("gemini")
+    assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-strategy"] == "jsonl"
+
+
+def test_a_resident_that_speaks_otherwise_is_left_for_the_next_strategy_and_the_log_says_so_once(staying):
+    proxy = staying("codex")
+    proxy.play("codex", ["begin"], ["renamed"], ["end"])
+    for _ in range(2):
+        answered = proxy.ask("codex")
+        assert answered.headers["x-cliproxy-strategy"] == "jsonl" and answered.status == 200
+    assert len(proxy.lines("event=step-down")) == 1
+
+
+def test_a_permission_is_denied_and_every_other_question_of_a_cli_refused(staying):
+    proxy = staying("qwen")
+    options = [{"optionId": "ok", "kind": "allow_once"}, {"optionId": "no", "kind": "reject_once"}]
+    proxy.play("qwen", ["begin"], ["ask", "session/request_permission", {"options": options}], ["ask", "fs/read_text_file", {}], ["say", ["done"]], ["end"])
+    assert proxy.ask("qwen").text == "done"
+    heard = eventually("both are answered", lambda: [m for m in map(json.loads, proxy.read("qwen.heard").splitlines()) if "method" not in m][1:] and
+                       [m for m in map(json.loads, proxy.read("qwen.heard").splitlines()) if "method" not in m])
+    assert heard[0]["result"] == {"outcome": {"outcome": "selected", "optionId": "no"}} and heard[1]["error"]["code"] == -32601
+
+
+def test_parameters_get_to_each_resident_in_its_own_way(staying):
+    claude = staying("claude")
+    claude.ask("claude/opus", temperature=0.5, max_tokens=50, stop=["X"])
+    seen = asked(claude, "claude")
+    assert seen["model"] == "opus" and seen["settings"]["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "50"
+    assert json.loads(seen["settings"]["CLAUDE_CODE_EXTRA_BODY"]) == {"temperature": 0.5, "stop_sequences": ["X"]}
+    claude.ask("claude/opus")
+    assert asked(claude, "claude", 1)["settings"] == {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "", "CLAUDE_CODE_EXTRA_BODY": ""}
+    qwen = staying("qwen")
+    qwen.ask("qwen/m", temperature=0.5, seed=7)
+    assert asked(qwen, "qwen")["settings"] == {"temperature": 0.5, "seed": 7} and asked(qwen, "qwen")["model"] == "m"
+    codex = staying("codex")
+    codex.ask("codex/gpt-6-sol", reasoning_effort="high")
+    assert asked(codex, "codex")["settings"] == {"effort": "high", "summary": "auto"} and asked(codex, "codex")["model"] == "gpt-6-sol"
+
+
+def test_gemini_is_started_anew_with_parameters_that_it_takes_only_at_its_start(staying):
+    proxy = staying("gemini")
+    first = [proxy.ask("gemini", "a").headers["x-cliproxy-strategy"], asked(proxy, "gemini")["model"], asked(proxy, "gemini")["pid"]]
+    proxy.ask("gemini", "b", temperature=0.5)
+    proxy.ask("gemini", "c", temperature=0.5)
+    proxy.ask("gemini", "d")
+    b, c, d = (asked(proxy, "gemini", n) for n in (1, 2, 3))
+    assert first[:2] == ["acp", "gemini-2.5-pro"] and b["model"].startswith("p-") and c["model"] == b["model"] and d["model"] == "gemini-2.5-pro"
+    assert b["pid"] == c["pid"] == d["pid"] != first[2]
+    eventually("the first has ended", lambda: not alive(first[2]))
+
+
+def test_claude_is_interrupted_where_it_would_go_on_by_itself(staying):
+    proxy = staying("claude")
+    end = claude_event({"type": "message_delta", "delta": {"stop_reason": "max_tokens", "stop_sequence": None}, "usage": {"output_tokens": 6}})
+    proxy.play("claude", ["begin"], ["say", ["a "]], ["line", end], ["wait", "never"])
+    answered = proxy.ask("claude")
+    assert answered.json["choices"][0]["finish_reason"] == "length" and answered.text == "a "
+    eventually("it is interrupted", lambda: '"interrupt"' in proxy.read("claude.heard"))
+
+
+def test_a_resident_with_tools_is_refused(staying):
+    proxy = staying("claude")
+    proxy.play("claude", ["begin", "Bash"], ["say", ["a"]], ["end"])
+    answered = proxy.ask("claude")
+    assert answered.status == 502 and "started with tools switched on" in answered.message
+
+
+def test_a_failure_that_only_the_log_of_a_cli_tells_is_told_to_the_turn_that_failed(staying):
+    proxy = staying("qwen")
+    log = "2026 [WARN] [RETRY] Attempt 1 failed with status 429. Retrying with backoff... Error: 429 too fast\n"
+    proxy.play("qwen", ["begin"], ["write", "run/debug/1.txt", log], ["wait", "never"])
+    answered = proxy.ask("qwen")
+    assert (answered.status, answered.json["error"]["code"]) == (429, "rate_limit_exceeded")
+    eventually("it is cancelled", lambda: "session/cancel" in proxy.read("qwen.heard"))
+
+
+def test_a_worn_resident_is_replaced_by_its_successor(staying):
+    proxy = staying("codex", row={"strategies": [{**s, "resident": {**s.get("resident", {}), "turns": 3}} if s["driver"] == "codex-app-server" else s
+                                                 for s in json.loads(cliproxy.BUILTIN_PROVIDERS)["providers"]["codex"]["strategies"]]})
+    first = []
+    for number in range(3):
+        proxy.ask("codex")
+        first.append(asked(proxy, "codex", number)["pid"])
+    eventually("a successor is up", lambda: len(proxy.lines("event=resident-ready")) == 2)
+    proxy.ask("codex")
+    assert len(set(first)) == 1 and asked(proxy, "codex", 3)["pid"] != first[0]
+    eventually("the old one has ended", lambda: not alive(first[0]))
+
+
+@pytest.mark.parametrize("flag, strategy", [("--no-warm", "codex-app-server"), ("--one-shot", "jsonl")])
+def test_nothing_is_started_ahead_of_the_first_request_when_that_is_asked_for(staying, flag, strategy):
+    proxy = staying("codex", flags=[flag], ready=False)
+    proxy.settled()
+    assert not proxy.exists("codex.heard") and proxy.ask("codex").headers["x-cliproxy-strategy"] == strategy
+
+
+def test_nothing_of_a_turn_is_left_in_the_place_of_a_resident(staying):
+    for name in ("gemini", "qwen", "claude"):
+        proxy = staying(name)
+        before = sorted(p for place in proxy.places() for p in files_below(place))
+        proxy.ask(name, HISTORY)
+        eventually("all is as it was, but for the system prompt", lambda: sorted(
+            p for place in proxy.places() for p in files_below(place) if not p.endswith(("dyn.md", "system.md"))) == [p for p in before if not p.endswith("system.md")])
+
+
+def files_below(folder):
+    return [os.path.relpath(os.path.join(d, n), folder) for d, _, names in os.walk(folder) for n in names]
+
+
+def test_a_new_agent_is_an_entry_and_no_code(serve):
+    row = {"binary": "qwen", "models": {"default": ""}, "strategies": [{"driver": "acp", "argv": ["--acp"], "resident": {"live": 0}}]}
+    proxy = serve(clis=["qwen"], providers={"qwen": None, "agent": row})
+    os.rename(os.path.join(proxy.folder, "bin", "agent"), os.path.join(proxy.folder, "bin", "spare")) if os.path.exists(os.path.join(proxy.folder, "bin", "agent")) else None
+    answered = proxy.ask("agent", HISTORY)
+    assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-strategy"] == "acp"
+    prompt = [m for m in map(json.loads, proxy.read("qwen.heard").splitlines()) if m.get("method") == "session/prompt"][0]["params"]["prompt"]
+    assert prompt == [{"type": "text", "text": cliproxy.transcript(cliproxy.ChatCompletions().parse({"model": "m", "messages": HISTORY}, "").messages)}]
+
+
+def test_a_mailbox_gives_its_lines_in_order_and_then_to_whom_they_are_diverted():
+    box, heard = cliproxy.Mailbox(), []
+    assert box.get() is None and box.put(1, 10) and box.put(2, 10) and box.get() == 1
+    box.divert(heard.append)
+    box.put(3, 10)
+    assert heard == [2, 3] and box.get() is None
+
+
+def test_a_mailbox_says_when_too_much_is_unread():
+    box = cliproxy.Mailbox()
+    assert box.put("a", cliproxy.MAX_UNREAD) and not box.put("b", 1)
+    box.get()
+    assert box.put("c", 1)
+
+
+def test_a_reader_who_waits_is_woken_by_the_next_line():
+    box = cliproxy.Mailbox()
+    with cliproxy.Scope({"start": LIMIT, "total": LIMIT}) as scope:
+        thread = threading.Thread(target=lambda: box.put("line", 4))
+        thread.start()
+        while box.get() != "line":
+            box.wait(scope)
+        thread.join()
+
+
+def test_neighbouring_pieces_of_a_kind_are_joined():
+    events = [Text("a"), Text("b"), Thinking("c"), Thinking("d"), Text("e"), Usage(1, 2), Done("stop")]
+    assert list(cliproxy.joined(events)) == [Text("ab"), Thinking("cd"), Text("e"), Usage(1, 2), Done("stop")]
+
+
+@pytest.mark.parametrize("wire, call, answer, failure, question", [
+    (cliproxy.JsonRpc, {"jsonrpc": "2.0", "id": 7, "method": "m", "params": {"a": 1}}, {"id": 7, "result": {"b": 2}}, {"id": 7, "error": {"code": -32601}}, {"id": 0, "method": "q"}),
+    (cliproxy.ControlLines, {"type": "control_request", "request_id": "7", "request": {"subtype": "m", "a": 1}},
+     {"type": "control_response", "response": {"subtype": "success", "request_id": "7", "response": {"b": 2}}},
+     {"type": "control_response", "response": {"subtype": "error", "request_id": "7", "error": "Unsupported control request subtype: m"}},
+     {"type": "control_request", "request_id": "x", "request": {}})])
+def test_a_protocol_frames_calls_and_knows_their_answers(wire, call, answer, failure, question):
+    assert wire.call(7, "m", {"a": 1}) == call and wire.answered(answer) == 7 and wire.result(answer) == {"b": 2} and not wire.failed(answer)
+    assert wire.answered(failure) == 7 and wire.failed(failure) and wire.incompatible(failure)
+    assert wire.answered(question) is None and wire.asks(question) and not wire.asks(answer) and wire.reply(question, None)
 
 
 # === Router ==========================================================================================================
