@@ -4093,7 +4093,8 @@ def test_the_readme_lists_every_setting_with_its_default(readme, monkeypatch):
         assert listed[option] in ((default.group(1), default.group(1).replace(".0", "")) if default else ("none", "off")), option
 
 
-@pytest.mark.parametrize("title, shape", [("key of a provider", cliproxy._PROVIDER), ("key of a strategy", cliproxy._STRATEGY), ("key of an event rule", cliproxy._EVENT_RULE)])
+@pytest.mark.parametrize("title, shape", [("key of a provider", cliproxy._PROVIDER), ("key of a strategy", cliproxy._STRATEGY), ("key of an event rule", cliproxy._EVENT_RULE),
+                                          ("key of a step", cliproxy._STEP), ("key of `resident`", cliproxy._RESIDENT)])
 def test_the_readme_lists_every_key_of_providers_json(readme, title, shape):
     assert {word for row in readme[title] for word in named(row[0])} == keys(shape)
 
@@ -4120,8 +4121,14 @@ def test_the_readme_says_what_becomes_of_each_parameter(readme, name, model):
             parameter = cliproxy.WIRE_NAMES.get(parameter, parameter)
             plain = parameter.partition(" ")[0]
             turn = cliproxy.Turn(PROVIDERS[name], model, Request("m", (user("Hi"),), {plain: given.get(parameter, 1)}))
-            how = cliproxy.Router(PROVIDERS, None)._params(turn, strategy(name, "jsonl"))
-            assert how == {plain: row[column]}, parameter
+            for way in PROVIDERS[name].strategies[:2]:
+                how = cliproxy.Router(PROVIDERS, None)._params(turn, way)
+                assert how == {plain: row[column]}, (parameter, way.driver)
+
+
+def test_the_readme_gives_the_defaults_of_residents(readme):
+    listed = {word: said.strip() for row in readme["key of `resident`"] for word, said in zip(named(row[0]), row[1].split(","))}
+    assert {k: v for k, v in listed.items() if v != "none"} == {k: str(v) for k, v in cliproxy.RESIDENT_DEFAULTS.items()}
 
 
 def test_the_readme_shows_what_echo_answers(shared, proxy):
