@@ -556,6 +556,7 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "jsonl",
           "images": true,
+          "terminal": ["stdout"],
           "argv": ["-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose", "--include-partial-messages", "@args"],
           "stdin": [{"type": "user", "uuid": "{uuid}", "message": {"role": "user", "content": ["{*last:anthropic}", {"type": "text", "text": ""}]}}]
         },
@@ -681,6 +682,7 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "jsonl",
           "images": true,
+          "terminal": ["stdout"],
           "argv": ["-o", "stream-json", "@args"],
           "stdin": "{prompt}",
           "split": "^\\s*/",
@@ -929,6 +931,7 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "jsonl",
           "images": true,
+          "terminal": ["stdout"],
           "argv": ["-o", "stream-json", "--include-partial-messages", "@args"],
           "stdin": "{transcript}",
           "guard": "^\\s*[/?!]",
@@ -2486,6 +2489,8 @@ def make_launch(turn: Turn, strategy: Strategy, binary: str, place: str, variabl
         raise BadRequest(f"{turn.provider.name} needs a user message with text as the last one",
                          "it has no text" if turn.request.messages[-1].role == "user" else f"this conversation ends in a message of role {turn.request.messages[-1].role}",
                          param="messages")
+    # A CLI made of JavaScript writes to a pipe without waiting, and as it exits it loses what has not been read yet: the end of an
+    # answer to a slow client. It waits for a terminal (nodejs.org/api/process.html#a-note-on-process-io), and prints the same there.
     terminal = strategy.row.get("terminal", ["stdout"] if strategy.driver == "text" else [])
     on_tty = tuple(fd for fd, name in enumerate(("stdin", "stdout", "stderr")) if name in terminal)
     argv = [binary, *fill_args(strategy.row["argv"], row.get("args", []), lookup)]
@@ -2597,8 +2602,10 @@ def provider_error(provider: Provider, name: str, message: str, reset: Optional[
     return error
 
 
-def no_answer(provider: Provider, child: Child, said: str, unknown: int) -> Exception:
-    """Why a child ended without an answer that the rules understand: by its words, its exit status, or a changed format."""
+def no_answer(provider: Provider, child: Child, said: str, unknown: int, torn: bool = False) -> Exception:
+    """Why a child ended without an answer that the rules understand: by its words, its exit status, or a changed format.
+
+    `torn`: it ended in the middle of a JSON line, so there is nothing wrong with the format."""
     status, errors = child.wait(2.0), child.errors()
     for text in (errors, said):             # stderr first: what was said may be the model's own words
         known = classify(provider, _failure(provider, text), http_status(provider, text), exit_status=status)
@@ -2606,7 +2613,7 @@ def no_answer(provider: Provider, child: Child, said: str, unknown: int) -> Exce
             return known
     if status and FLAGS_REFUSED.search(errors or said):
         return FormatChanged(" ".join((errors or said).split())[:200])
-    if status == 0 and (unknown or said):   # not what was said: this goes to the log, and may be the model's own words
+    if status == 0 and (unknown or said) and not torn:      # not what was said: this goes to the log, and may be the model's own words
         return FormatChanged(" ".join(errors.split())[:200] or (f"{unknown} lines of unknown types" if unknown else "its lines are no JSON"))
     return Crashed(f"{provider.name} {how_it_ended(status)} before its answer was complete", " ".join(_failure(provider, errors or said).split())[-400:], Crashed.advice)
 
@@ -2711,15 +2718,16 @@ class JsonLines(RuleReader):
     def events(self, child: Child, scope: Scope) -> Iterator[Event]:
         """Events as they come, a Done last. Raises the error the CLI reports, Crashed, TimedOut or FormatChanged."""
         self._child = child
-        buffer, watch = b"", FileWatch(self._provider, child)
+        held, size, watch = [], 0, FileWatch(self._provider, child)     # type: Tuple[List[bytes], int, FileWatch]
         for data in child.output(scope, watch.every):
             if not data:
                 watch.look(scope)
                 if scope.silent():
                     yield Waiting()
                 continue
-            *lines, buffer = (buffer + data).split(b"\n") if b"\n" in data else (buffer + data,)
-            if len(buffer) > MAX_LINE:
+            lines, held = self._split(held, data)
+            size = len(held[0]) if lines else size + len(data)
+            if size > MAX_LINE:
                 raise Crashed(f"{self._provider.name} wrote a line of over {MAX_LINE >> 20} MiB", do=Crashed.advice)
             for line in lines:
                 for event in self._line(line, scope):
@@ -2727,12 +2735,19 @@ class JsonLines(RuleReader):
                     yield event
                     if isinstance(event, Done):
                         return
-        if buffer:
-            for event in self._line(buffer, scope):
-                yield event
-                if isinstance(event, Done):
-                    return
-        raise no_answer(self._provider, child, self._held or "\n".join(self._noise[-20:]), self._unknown)
+        rest, noise = b"".join(held), len(self._noise)
+        for event in self._line(rest, scope):
+            yield event
+            if isinstance(event, Done):
+                return
+        torn = rest.startswith(b"{") and len(self._noise) > noise
+        raise no_answer(self._provider, child, self._held or "\n".join(self._noise[-20:]), self._unknown, torn)
+
+    @staticmethod
+    def _split(held: List[bytes], data: bytes) -> Tuple[List[bytes], List[bytes]]:
+        """(the lines that `data` finishes, the pieces of the one after them): a line of megabytes is joined once, not with every piece."""
+        first, *others = data.split(b"\n")
+        return ([b"".join([*held, first]), *others[:-1]], others[-1:]) if others else ([], [*held, first])
 
     def _line(self, raw: bytes, scope: Scope) -> Iterator[Event]:
         try:

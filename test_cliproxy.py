@@ -2175,8 +2175,8 @@ def test_a_conversation_that_ends_in_no_user_message_is_refused_in_words(tmp_pat
 
 @pytest.mark.parametrize("name", [*CLIS, "echo"])
 @pytest.mark.parametrize("driver", ["jsonl", "text"])
-def test_the_terminal_is_for_plain_text_only(tmp_path, name, driver):
-    assert launched(tmp_path, name, [user("Hi")], driver)[0].on_tty == ((1,) if driver == "text" else ())
+def test_stdout_is_a_terminal_for_plain_text_and_for_what_is_made_of_javascript(tmp_path, name, driver):
+    assert launched(tmp_path, name, [user("Hi")], driver)[0].on_tty == ((1,) if driver == "text" or name in ("claude", "gemini", "qwen") else ())
 
 
 # === Drivers =========================================================================================================
@@ -3050,7 +3050,7 @@ def test_a_cli_is_a_model_in_an_empty_private_place_with_an_allow_listed_environ
     assert all(any(cliproxy.fnmatch.fnmatchcase(n, p) for p in patterns) for n in given["env"]) and "SECRET_OF_OURS" not in given["env"]
     assert given["env"]["TERM"] == ("xterm-256color" if kind == "gemini" else "dumb") and given["env"]["NO_COLOR"] == "1"
     assert given["in_cwd"] == ([".qwen"] if kind == "qwen" else []) and given["mode"] == 0o700 and given["session_leader"]
-    assert given["env"]["TMPDIR"] == os.path.dirname(given["cwd"]) + "/tmp" and given["tty"] == ([1] if name.endswith("text") else [])
+    assert given["env"]["TMPDIR"] == os.path.dirname(given["cwd"]) + "/tmp" and given["tty"] == ([] if name in ("codex", "echo") else [1])
     eventually("the place is gone", lambda: not os.path.exists(os.path.dirname(given["cwd"])))
 
 
