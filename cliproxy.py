@@ -2978,19 +2978,23 @@ class Mailbox:
         self._lock, self._unread = threading.Lock(), 0
         self._reader: Optional[Scope] = None
         self._sink: Optional[Callable[[Any], None]] = None
+        self.overflow: Callable[[Any], None] = lambda line: None
 
-    def put(self, line: Any, size: int) -> bool:
-        """False if so much is unread that the turn has to be given up."""
+    def put(self, line: Any, size: int) -> None:
+        """For the resident's thread. When too much is unread, it is thrown away for TOO_SLOW, and what follows goes to `overflow`."""
         with self._lock:
             sink, reader, self._reader = self._sink, self._reader, None
             if sink is None:
                 self._lines.append((line, size))
                 self._unread += size
+                if self._unread > MAX_UNREAD:
+                    self._lines.clear()
+                    self._lines.append((TOO_SLOW, 0))
+                    self._unread, self._sink, sink = 0, self.overflow, self.overflow
         if sink is not None:
             sink(line)
-        elif reader is not None:
+        if reader is not None:
             reader.wake()
-        return self._unread <= MAX_UNREAD
 
     def get(self) -> Any:
         """The next line, None if there is none yet."""
@@ -3017,17 +3021,18 @@ class Mailbox:
         """From now on lines go to `sink`, those that wait here first."""
         while True:
             line = self.get()
-            if line is None:
-                with self._lock:
-                    if not self._lines:
-                        self._sink = sink
-                        return
-            else:
+            if line is not None:
                 sink(line)
+                continue
+            with self._lock:
+                if not self._lines:
+                    self._sink = sink
+                    return
 
 
-GONE = type("Gone", (), {"__repr__": lambda self: "GONE"})()                # what a mailbox gets when the process has ended
-TOO_SLOW = type("TooSlow", (), {"__repr__": lambda self: "TOO_SLOW"})()     # what it gets when its turn was given up
+# What stands for a line in a mailbox:
+GONE = type("Gone", (), {"__repr__": lambda self: "GONE"})()                # the process has ended
+TOO_SLOW = type("TooSlow", (), {"__repr__": lambda self: "TOO_SLOW"})()     # the turn was given up
 
 
 class Conversation:
@@ -3149,11 +3154,10 @@ class Resident:
             box = next(iter(self._boxes), None)
         else:
             box = self._routes.get(dig(line, self._route))
-        if box is None:
-            if self.wire.asks(line):
-                self.send([self.wire.reply(line, None)])
-        elif not box.put(line, len(raw)):
-            box.put(TOO_SLOW, 0)
+        if box is not None:
+            box.put(line, len(raw))
+        elif self.wire.asks(line):
+            self.send([self.wire.reply(line, None)])
 
     def _broadcast(self, line: Any) -> None:
         for box in list(self._boxes):
@@ -3223,6 +3227,7 @@ class Talk(RuleReader):
         self._end = LineTest(strategy.row["ends"]) if "ends" in strategy.row else None
         self._said: List[str] = []
         self._opening = not conversation.seen and not conversation.spare
+        self._box.overflow = self._give_up
         self._settling, self._over = threading.Lock(), False
 
     # --- steps ---
@@ -3482,18 +3487,26 @@ class Talk(RuleReader):
         return self._resident.child.errors() if self._resident.child else ""
 
     def _cancel(self) -> None:
-        self._asked = False
+        self._asked, out = False, []
         for step in self._strategy.row.get("cancel", ()):
             if any(self.lookup(name, arg) is MISSING for name, arg in holes(step.get("params", {}))):
                 continue                            # it had not even begun
+            params = fill(step.get("params", {}), self.lookup)
             if "call" in step:
                 number = self._resident.number()
                 self._resident.expect(number, self._box)
                 self._talk.calls.add(number)
-                self._out.append(self._wire.call(number, step["call"], fill(step.get("params", {}), self.lookup)))
+                out.append(self._wire.call(number, step["call"], params))
             else:
-                self._out.append(self._wire.notify(step["notify"], fill(step.get("params", {}), self.lookup)))
-        self._flush()
+                out.append(self._wire.notify(step["notify"], params))
+        if out:
+            self._resident.send(out)
+
+    def _give_up(self, line: Any) -> None:
+        """In the resident's thread: the client reads too slowly, and the turn's own thread may wait for it for minutes yet."""
+        if self._asked:
+            self._cancel()
+        self._settle(line)
 
     def _finish(self) -> None:
         """The answer is whole: the conversation may be gone on with, if what it holds is what the client has seen."""

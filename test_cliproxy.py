@@ -2839,17 +2839,29 @@ def test_a_new_agent_is_an_entry_and_no_code(serve):
 
 def test_a_mailbox_gives_its_lines_in_order_and_then_to_whom_they_are_diverted():
     box, heard = cliproxy.Mailbox(), []
-    assert box.get() is None and box.put(1, 10) and box.put(2, 10) and box.get() == 1
+    box.put(1, 10)
+    box.put(2, 10)
+    assert box.get() == 1
     box.divert(heard.append)
     box.put(3, 10)
     assert heard == [2, 3] and box.get() is None
 
 
-def test_a_mailbox_says_when_too_much_is_unread():
-    box = cliproxy.Mailbox()
-    assert box.put("a", cliproxy.MAX_UNREAD) and not box.put("b", 1)
-    box.get()
-    assert box.put("c", 1)
+def test_a_mailbox_that_holds_too_much_drops_it_and_hands_on_what_follows():
+    box, rest = cliproxy.Mailbox(), []
+    box.overflow = rest.append
+    for line in "abc":
+        box.put(line, cliproxy.MAX_UNREAD // 2 + 1)
+    assert box.get() is cliproxy.TOO_SLOW and box.get() is None and rest == ["b", "c"]
+
+
+def test_a_client_that_does_not_read_is_given_up_and_its_cli_interrupted_while_others_are_served(staying):
+    proxy = staying("codex", tune={"MAX_UNREAD": 1 << 20})
+    proxy.play("codex", runs=[[["begin"], ["words", 400, 0.0, 100000], ["wait", "never"]], [["begin"], ["say", ["fine"]], ["end"]]])
+    with proxy.started("codex"):
+        asked(proxy, "codex")
+        eventually("the turn is interrupted", lambda: "turn/interrupt" in proxy.read("codex.heard"))
+        assert proxy.ask("codex").text == "fine"
 
 
 def test_a_reader_who_waits_is_woken_by_the_next_line():
