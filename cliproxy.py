@@ -3163,6 +3163,10 @@ class Resident:
         for box in list(self._boxes):
             box.put(line, 0)
 
+    def free(self) -> bool:
+        """For one that holds a conversation at a time: is it idle, or at the very end of a turn?"""
+        return all(c.settle_by for c in self.busy)
+
     def worn(self) -> bool:
         """Is it time for a successor?"""
         s = self.settings
@@ -3655,6 +3659,7 @@ class Pool:
                     if conversation.seen:
                         conversation.resident.detach(conversation)
                         conversation.box = Mailbox()        # the last one has gone to the end of the last turn
+                    conversation.settle_by = 0.0
                     conversation.resident.busy.add(conversation)
                     conversation.resident.used = time.monotonic()
                     conversation.resident.attach(conversation)
@@ -3679,7 +3684,7 @@ class Pool:
             return live, False
         ready = [r for r in group.known(profile.name) if r.state == "ready" and len(r.busy) < r.settings["conversations"]]
         if not ready:
-            return None, False
+            return None, any(r.state == "ready" and r.exclusive and r.free() for r in group.residents)
         if ready[0].exclusive:
             resident = min(ready, key=lambda r: (bool(r.holds), r.used))
             for held in list(resident.holds.values()):
@@ -3771,7 +3776,7 @@ class Pool:
 
     def _keep_warm(self, group: Group) -> None:
         """As many as the strategy's `warm` are to be free: for an exclusive one that means beside those that are busy."""
-        free = [r for r in group.known("") if not (r.settings["conversations"] == 1 and r.busy)]
+        free = [r for r in group.known("") if not r.exclusive or r.free()]
         warm = {**RESIDENT_DEFAULTS, **group.strategy.row.get("resident", {})}["warm"]
         if len(free) < warm and time.monotonic() >= group.not_before:
             self._start(group)
