@@ -660,7 +660,8 @@ BUILTIN_PROVIDERS = r'''{
           "guard": "\\s*[/$?]|<(session|hook)_context>",
           "resident": {"spares": 12, "turns": 400},
           "open": [
-            {"lock": true, "session": "{short}", "replace": {"system.md": "{system|}"},
+            {"lock": true, "session": "{short}", "remove": ["home/.gemini/tmp/work/chats/*"]},
+            {"replace": {"system.md": "{system|}"},
              "files": {"home/.gemini/tmp/work/chats/session-{short}.jsonl": {"lines": [
                {"sessionId": "{short}", "projectHash": "x", "startTime": "2026-01-01T00:00:00.000Z", "lastUpdated": "2026-01-01T00:00:00.000Z", "kind": "main"},
                {"id": "d04923d38bb0f6017037e74183378ef4", "timestamp": "2026-01-01T00:00:00.000Z", "type": "user", "content": [{"text": "x", "thought": true}]},
@@ -3195,7 +3196,11 @@ class LogWatch:
         """Read what is new in the log, and tell the turns that have not begun to answer once it is clear which have failed."""
         if not self._pattern:
             return
-        for path in sorted(glob.glob(os.path.join(self._resident.place, self._files)), key=os.path.getmtime):
+        paths = sorted(glob.glob(os.path.join(self._resident.place, self._files)), key=os.path.getmtime)
+        for path in paths[:-2]:             # a CLI that writes a log for each conversation writes to the newest only
+            os.unlink(path)
+            self._read.pop(path, None)
+        for path in paths[-2:]:
             with open(path, "rb") as f:
                 f.seek(self._read.get(path, 0))
                 data = f.read()
