@@ -4,16 +4,17 @@
     python3 cliproxy.py --port 8080
     export OPENAI_BASE_URL=http://localhost:8080/v1 OPENAI_API_KEY=none
     python3 cliproxy.py doctor          what is installed, logged in, answering
+    python3 cliproxy.py bench           how fast that is on this machine
 
 One way through the file, and it is the order of its sections:
 
-    socket -> Dialect.parse -> Request -> Router -> Driver -> Child      (bytes to the CLI)
-    socket <- Dialect.frames <- Event, Event, ... Done <- Driver <- Child  (lines from the CLI)
+    socket -> Dialect.parse -> Request -> Router -> Driver or Talk -> Child      (bytes to the CLI)
+    socket <- Dialect.frames <- Event, Event, ... Done <- Driver or Talk <- Child  (lines from the CLI)
 
 The words used here, one for each thing:
     provider   a CLI with its settings, an entry of providers.json
     dialect    an HTTP API (OpenAI chat completions)
-    driver     a way to talk to a CLI (jsonl: a JSON object a line; text: a terminal)
+    driver     a way to talk to a CLI (jsonl: a JSON object a line; text: a terminal; acp and others: one that stays)
     strategy   a driver with the flags and rules one provider needs for it; best first
     turn       a request at one provider, and its answer
     event      a piece of the answer: Text, Thinking, Usage, Done
@@ -21,6 +22,10 @@ The words used here, one for each thing:
     line       a str without its newline
     child      a process;  group: it and whatever it started
     scope      when to give up on a turn: a deadline, or a client that has gone
+    resident   a child that stays for further turns;  pool: what keeps them ready and lends them
+    conversation   what a resident holds of one exchange;  spare: one opened ahead of time;  live: one to be gone on with
+    step       a line to write to a resident, or to wait for: an item of its strategy's start, open, ask, cancel, close
+    profile    a set of parameters that a resident has to be started with
     place      the private directory of one child: work/ (empty, its cwd), tmp/, home/ and files
     slot       the right to run one child of a provider
 
@@ -280,52 +285,62 @@ class ProviderError(ProxyError):
 
 
 class ModelNotFound(ProviderError):
+    """No provider here, or not its service, knows the model."""
     status, type, code = 404, "invalid_request_error", "model_not_found"
     advice = "GET /v1/models lists what can be served"
 
 
 class NotLoggedIn(ProviderError):
+    """The CLI has no login; its advice is what to type."""
     status, type, code, should_retry = 401, "authentication_error", "not_logged_in", False
     advice = "{login}"
 
 
 class AuthenticationFailed(ProviderError):
+    """The service refused the CLI's login or key (HTTP 401)."""
     status, type, code, should_retry = 401, "authentication_error", "provider_authentication_failed", False
     advice = "its login or key was refused, so renew it: {login}"
 
 
 class PermissionDenied(ProviderError):
+    """The account may not do this (HTTP 403)."""
     status, type, code, should_retry = 403, "permission_error", "provider_permission_denied", False
     advice = "check what this account may use, or log in with another: {login}"
 
 
 class RateLimited(ProviderError):
+    """The service's rate limit (HTTP 429); it passes soon."""
     status, type, code, should_retry = 429, "rate_limit_error", "rate_limit_exceeded", True
     advice = "wait, or use another model"
 
 
 class QuotaUsedUp(ProviderError):
+    """The plan's limit is used up until its reset."""
     status, type, code = 429, "insufficient_quota", "insufficient_quota"
     advice = "wait for the limit to reset, or use another model"
 
 
 class BillingRefused(ProviderError):
+    """No credit, or a use that the plan does not cover (HTTP 402)."""
     status, type, code, should_retry = 402, "insufficient_quota", "insufficient_quota", False
     advice = "check the plan and the billing page of that account"
 
 
 class ContextLengthExceeded(ProviderError):
+    """The conversation is longer than the model takes."""
     status, type, code, should_retry = 400, "invalid_request_error", "context_length_exceeded", False
     # LangChain and others look for "maximum context length"; LiteLLM, and so aider, for "model's maximum context limit".
     advice = "shorten the messages: they exceed the model's maximum context limit (its maximum context length)"
 
 
 class Refused(ProviderError):
+    """The service declined to answer."""
     status, type, code, should_retry = 400, "invalid_request_error", "content_filter", False
     advice = "rephrase the request"
 
 
 class ProviderBadRequest(ProviderError):
+    """The service would not take the request (HTTP 400, 409, 422)."""
     status, type, code, should_retry = 400, "invalid_request_error", "invalid_value", False
     advice = "change the request: its service will not take it as it is"
 
@@ -336,6 +351,7 @@ class ParameterRefused(ProviderBadRequest):
 
 
 class Overloaded(ProviderError):
+    """The service is overloaded (HTTP 503, 529)."""
     status, type, code, should_retry = 503, "server_error", "overloaded", True
 
 
@@ -345,15 +361,18 @@ class UpstreamFailed(ProviderError):
 
 
 class Unreachable(ProviderError):
+    """The CLI could not reach its service, or the connection broke."""
     status, type, code, should_retry = 502, "server_error", "provider_unreachable", True
     advice = "check this machine's network, or try again"
 
 
 class Crashed(ProviderError):
+    """The CLI ended, or was killed, before its answer was complete."""
     status, type, code, should_retry = 502, "server_error", "provider_crashed", True
 
 
 class TimedOut(ProviderError):
+    """No answer within one of the time-outs."""
     status, type, code, should_retry = 504, "server_error", "provider_timeout", False
     advice = "raise the time-out in providers.json, or use a faster model"
 
