@@ -232,6 +232,7 @@ class Agent:
         self.write_lock, self.threads = threading.Lock(), []
         self.sessions = {}                  # id -> {"history": [[role, text]], "model": ..., "mode": ..., "system": ...}
         self.running = {}                   # session id -> Event: cancelled
+        self.numbers = iter(range(1 << 30))
         self.place = os.path.dirname(os.getcwd())
 
     def run(self):
@@ -289,7 +290,7 @@ class AcpAgent(Agent):
         if method == "initialize":
             return self.say({"jsonrpc": "2.0", "id": number, "result": {"protocolVersion": 1, "agentInfo": {"name": self.kind}, "agentCapabilities": {"loadSession": True}}})
         if method == "session/new":
-            session = f"s{len(self.sessions)}-{os.getpid()}"
+            session = f"s{next(self.numbers)}-{os.getpid()}"
             settings = os.path.join(params["cwd"], ".qwen", "settings.json")
             body = {}
             if os.path.exists(settings):
@@ -369,7 +370,7 @@ class CodexAgent(Agent):
         if method == "initialize":
             self.say({"id": number, "result": {"userAgent": "cliproxy/0.169.0"}})
         elif method == "thread/start":
-            thread = f"t{len(self.sessions)}-{os.getpid()}"
+            thread = f"t{next(self.numbers)}-{os.getpid()}"
             self.sessions[thread] = {"messages": [], "model": params["model"], "system": params["baseInstructions"]}
             self.say({"id": number, "result": {"thread": {"id": thread}, "model": params["model"]}})
         elif thread not in self.sessions and number is not None:
@@ -2545,10 +2546,31 @@ STAYS = {"claude": "claude-stream", "gemini": "acp", "codex": "codex-app-server"
 HISTORY = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]
 
 
+@pytest.fixture(scope="session")
+def residents(tmp_path_factory):
+    """residents() -> one proxy whose CLIs all stay open, for the tests that leave them as they were."""
+    made = []
+
+    def get():
+        if not made:
+            made.append(Proxy(tmp_path_factory.mktemp("residents"), providers={name: {} for name in CLIS}))
+            SHARED.add(made[0].pid)
+            eventually("all are up", lambda: len(made[0].lines("event=resident-ready")) == len(CLIS))
+        for path in glob.glob(made[0].path("*")):
+            os.unlink(path)
+        return made[0]
+    yield get
+    for proxy in made:
+        SHARED.discard(proxy.pid)
+        assert proxy.stop() == 0 and "Traceback" not in proxy.log(), proxy.log()
+
+
 @pytest.fixture
-def staying(serve):
-    """staying(name, ...) -> a Proxy whose CLI of that name stays open, and is up."""
-    def start(name, flags=(), ready=True, **more):
+def staying(serve, residents):
+    """staying(name, ...) -> a Proxy whose CLI of that name stays open, and is up; a new one if `alone` or anything else is said."""
+    def start(name, flags=(), ready=True, alone=False, **more):
+        if ready and not (alone or flags or more):
+            return residents()
         row = more.pop("row", {})
         proxy = serve(clis=[name], providers={name: row}, flags=flags, **more)
         if ready:
@@ -2577,7 +2599,7 @@ def conversation(seen):
 
 @pytest.mark.parametrize("name", CLIS)
 def test_a_resident_answers_one_request_after_the_other_in_the_same_process(staying, name):
-    proxy = staying(name)
+    proxy = staying(name, alone=name == "claude")
     for text in ("a", "b", "c"):
         answered = proxy.ask(name, text)
         assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-strategy"] == STAYS[name]
@@ -2608,7 +2630,7 @@ def test_the_history_gets_to_a_resident_as_turns_and_the_system_prompt_as_one(st
 
 @pytest.mark.parametrize("name", CLIS)
 def test_a_conversation_goes_on_where_it_was_if_all_that_was_said_is_the_same(staying, name):
-    proxy, turns = staying(name), [{"role": "user", "content": "one"}]
+    proxy, turns = staying(name, alone=True), [{"role": "user", "content": "one"}]
     for number in range(3):
         said = proxy.ask(name, turns).text
         rows = [("user" if i % 2 == 0 else "assistant", t["content"]) for i, t in enumerate(turns)]
@@ -2621,7 +2643,7 @@ def test_a_conversation_goes_on_where_it_was_if_all_that_was_said_is_the_same(st
 
 @pytest.mark.parametrize("name", ["claude", "gemini", "codex"])
 def test_an_edited_conversation_and_a_branch_are_told_from_the_start(staying, name):
-    proxy = staying(name)
+    proxy = staying(name, alone=True)
     said = proxy.ask(name, "one").text
     for number, (first, answer, last) in enumerate([("one", said, "left"), ("one", said, "right"), ("one", "other", "x"), ("won", said, "y")], 1):
         proxy.ask(name, [{"role": "user", "content": first}, {"role": "assistant", "content": answer}, {"role": "user", "content": last}])
@@ -2639,7 +2661,7 @@ def test_another_key_or_another_parameter_is_another_conversation(staying):
 
 
 def test_two_clients_on_the_same_conversation_at_once_both_get_an_answer_to_theirs(staying):
-    proxy = staying("codex")
+    proxy = staying("codex", alone=True)
     said = proxy.ask("codex", "one").text
     proxy.play("codex", ["begin"], ["wait", "go"], ["say", ["yes"]], ["end"])
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": said}]
@@ -2691,7 +2713,7 @@ def test_an_error_after_the_first_word_leaves_all_words_before_it_and_no_finish_
 
 @pytest.mark.parametrize("name", CLIS)
 def test_a_killed_resident_costs_its_turns_nothing_before_their_first_word(staying, name):
-    proxy = staying(name)
+    proxy = staying(name, alone=True)
     well = [["begin"], ["say", ["saved"]], ["end"]]
     proxy.play(name, runs=[well, [["begin"], ["kill", signal.SIGKILL]], well])
     assert proxy.ask(name).text == "saved"          # one that dies before it has served anything would be waited with
@@ -2700,7 +2722,7 @@ def test_a_killed_resident_costs_its_turns_nothing_before_their_first_word(stayi
 
 
 def test_a_killed_resident_ends_what_had_begun_with_an_error_and_the_next_request_is_answered(staying):
-    proxy = staying("codex")
+    proxy = staying("codex", alone=True)
     proxy.play("codex", ["begin"], ["say", ["a "]], ["wait", "never"])
     streams = [proxy.started("codex") for _ in range(5)]
     for s in streams:
@@ -2723,7 +2745,7 @@ def test_a_cli_that_does_not_come_up_is_asked_by_a_process_for_each_turn(staying
 
 
 def test_a_resident_that_speaks_otherwise_is_left_for_the_next_strategy_and_the_log_says_so_once(staying):
-    proxy = staying("codex")
+    proxy = staying("codex", alone=True)
     proxy.play("codex", ["begin"], ["renamed"], ["end"])
     for _ in range(2):
         answered = proxy.ask("codex")
@@ -2742,7 +2764,7 @@ def test_a_permission_is_denied_and_every_other_question_of_a_cli_refused(stayin
 
 
 def test_parameters_get_to_each_resident_in_its_own_way(staying):
-    claude = staying("claude")
+    claude = staying("claude", alone=True)
     claude.ask("claude/opus", temperature=0.5, max_tokens=50, stop=["X"])
     seen = asked(claude, "claude")
     assert seen["model"] == "opus" and seen["settings"]["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "50"
@@ -2758,7 +2780,7 @@ def test_parameters_get_to_each_resident_in_its_own_way(staying):
 
 
 def test_gemini_is_started_anew_with_parameters_that_it_takes_only_at_its_start(staying):
-    proxy = staying("gemini")
+    proxy = staying("gemini", alone=True)
     first = [proxy.ask("gemini", "a").headers["x-cliproxy-strategy"], asked(proxy, "gemini")["model"], asked(proxy, "gemini")["pid"]]
     proxy.ask("gemini", "b", temperature=0.5)
     proxy.ask("gemini", "c", temperature=0.5)
@@ -2779,14 +2801,14 @@ def test_claude_is_interrupted_where_it_would_go_on_by_itself(staying):
 
 
 def test_a_resident_with_tools_is_refused(staying):
-    proxy = staying("claude")
+    proxy = staying("claude", alone=True)
     proxy.play("claude", ["begin", "Bash"], ["say", ["a"]], ["end"])
     answered = proxy.ask("claude")
     assert answered.status == 502 and "started with tools switched on" in answered.message
 
 
 def test_a_failure_that_only_the_log_of_a_cli_tells_is_told_to_the_turn_that_failed(staying):
-    proxy = staying("qwen")
+    proxy = staying("qwen", alone=True)
     log = "2026 [WARN] [RETRY] Attempt 1 failed with status 429. Retrying with backoff... Error: 429 too fast\n"
     proxy.play("qwen", ["begin"], ["write", "run/debug/1.txt", log], ["wait", "never"])
     answered = proxy.ask("qwen")
@@ -2816,7 +2838,7 @@ def test_nothing_is_started_ahead_of_the_first_request_when_that_is_asked_for(st
 
 def test_nothing_of_a_turn_is_left_in_the_place_of_a_resident(staying):
     for name in ("gemini", "qwen", "claude"):
-        proxy = staying(name)
+        proxy = staying(name, alone=True)
         before = sorted(p for place in proxy.places() for p in files_below(place))
         proxy.ask(name, HISTORY)
         eventually("all is as it was, but for the system prompt", lambda: sorted(
