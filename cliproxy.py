@@ -3250,6 +3250,8 @@ class Talk(RuleReader):
         self._kept: List[Dict[str, Any]] = []       # lines of the answer that came before it was waited for
         self._keeping = self._locked = self._asked = self._thought = False
         self._answer: Optional[int] = None
+        self._taking: Tuple[int, Mapping[str, str]] = (0, {})       # the call whose answer is waited for, and what to learn from it
+        self._late = False                          # it is to be cancelled as soon as that answer tells its name
         self._updates, self._update = 0, None       # type: Tuple[int, Optional[LineTest]]
         self._files: List[str] = []
         self._end = LineTest(strategy.row["ends"]) if "ends" in strategy.row else None
@@ -3339,11 +3341,16 @@ class Talk(RuleReader):
             self._update = LineTest(step["updates"]["if"])
             self._updates = 0
         if "take" in step:
-            result = self._result(number)
-            for name, path in step["take"].items():
-                self._talk.values[name] = dig(result, path.split("."))
-            if "session" in step["take"]:
-                self._name(self._talk.values["session"])
+            self._taking = number, step["take"]
+            self._take(self._result(number))
+
+    def _take(self, result: Any) -> None:
+        """Learn from an answer what later steps have to name."""
+        names, self._taking = self._taking[1], (0, {})
+        for name, path in names.items():
+            self._talk.values[name] = dig(result, path.split("."))
+        if "session" in names:
+            self._name(self._talk.values["session"])
 
     def _name(self, session: Any) -> None:
         """The CLI's name for the conversation: lines that carry it come here from now on."""
@@ -3515,10 +3522,11 @@ class Talk(RuleReader):
         return self._resident.child.errors() if self._resident.child else ""
 
     def _cancel(self) -> None:
-        self._asked, out = False, []
+        self._asked, self._late, out = False, False, []
         for step in self._strategy.row.get("cancel", ()):
             if any(self.lookup(name, arg) is MISSING for name, arg in holes(step.get("params", {}))):
-                continue                            # it had not even begun
+                self._late = True
+                continue
             params = fill(step.get("params", {}), self.lookup)
             if "call" in step:
                 number = self._resident.number()
@@ -3577,7 +3585,7 @@ class Talk(RuleReader):
             elif isinstance(line, dict):
                 number = self._wire.answered(line)
                 if number is not None:
-                    talk.calls.discard(number)
+                    self._settle_call(number, line)
                 elif self._wire.asks(line):
                     self._reply(line)
                 else:
@@ -3587,6 +3595,16 @@ class Talk(RuleReader):
             self._over = True
         self.clean_up()
         self._resident.pool.settled(talk)
+
+    def _settle_call(self, number: int, line: Mapping[str, Any]) -> None:
+        self._talk.calls.discard(number)
+        if self._wire.failed(line):
+            if number == self._answer:
+                self._talk.owed = 0                 # it did not even begin
+        elif number == self._taking[0]:
+            self._take(self._wire.result(line))
+            if self._late:
+                self._cancel()
 
     def _close(self) -> None:
         """Let the CLI forget the conversation, as far as its protocol can. Waits for nothing."""
