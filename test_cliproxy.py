@@ -380,6 +380,7 @@ class CodexAgent(Agent):
             self.say({"id": number, "result": {}})
         elif method == "turn/start":
             self.sessions[thread]["settings"] = {k: v for k, v in params.items() if k in ("effort", "summary", "outputSchema")}
+            Stage(self.name, self.folder, None).perform(self.script().get("before", []))
             self.say({"id": number, "result": {"turn": {"id": "turn-" + thread, "status": "inProgress"}}}, {"method": "turn/started", "params": {"threadId": thread}})
             self.prompted(thread, lambda step, *args: self.lines(thread, step, *args), lambda stage: self.over(thread, stage))
         elif method == "turn/interrupt":
@@ -574,6 +575,7 @@ if __name__ == "__main__":
                           "-o", "markers=real: needs a real CLI on the PATH", *which, *sys.argv[1:]]))
 
 import ast
+import atexit
 import base64
 import contextlib
 import datetime
@@ -595,6 +597,7 @@ import socket
 import subprocess
 import symtable
 import sysconfig
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -606,6 +609,11 @@ from cliproxy import CallPart, Done, ImagePart, Message, Request, ResultPart, Te
 
 pytestmark = pytest.mark.filterwarnings("error")
 SCRIPT = os.path.join(HERE, "cliproxy.py")
+# The script is run often, so it is compiled once: -m reads the compiled form from a cache of ours. Without site: it needs none.
+COMPILED = tempfile.mkdtemp(prefix="cliproxy-tests-")
+atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+PYTHON = [sys.executable, "-S", "-W", "error"]
+FROM_CACHE = {"PYTHONPATH": HERE, "PYTHONPYCACHEPREFIX": COMPILED}
 CLIS = ("claude", "gemini", "codex", "qwen")
 BUILTIN_NAMES = (*CLIS, "echo")
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
@@ -821,7 +829,7 @@ class Machine:
         with open(self.providers, "w") as f:
             json.dump({"providers": providers}, f)
         self.env = {"PATH": os.path.join(self.folder, "bin") + ":/usr/bin:/bin", "HOME": self.home, "LANG": "C.UTF-8", "GEMINI_API_KEY": "g", "OPENAI_API_KEY": "o",
-                    "TMPDIR": os.path.join(self.folder, "tmp"), "PYTHONDEVMODE": "1", "SECRET_OF_OURS": "do not pass on", **(env or {})}
+                    "TMPDIR": os.path.join(self.folder, "tmp"), "PYTHONDEVMODE": "1", "SECRET_OF_OURS": "do not pass on", **FROM_CACHE, **(env or {})}
 
     def install(self, name):
         path = os.path.join(self.folder, "bin", name)
@@ -863,7 +871,7 @@ class Machine:
 
     def doctor(self, *args):
         """`cliproxy.py doctor`, to its end."""
-        ended = subprocess.run([sys.executable, "-W", "error", SCRIPT, "doctor", "--providers", self.providers, *args], env=self.env, capture_output=True, text=True, timeout=60)
+        ended = subprocess.run([*PYTHON, "-m", "cliproxy", "doctor", "--providers", self.providers, *args], env=self.env, capture_output=True, text=True, timeout=60)
         assert os.listdir(self.env["TMPDIR"]) == [] and "Traceback" not in ended.stderr, ended.stderr
         return ended
 
@@ -873,11 +881,10 @@ class Proxy(Machine):
 
     def __init__(self, folder, flags=(), tune=None, **machine):
         super().__init__(folder, **machine)
-        command = [SCRIPT] if tune is None else ["-c", f"import sys; sys.path.insert(0, {HERE!r}); sys.dont_write_bytecode = True\nimport cliproxy\n"
-                                                       + "".join(f"cliproxy.{k} = {v!r}\n" for k, v in tune.items()) + "sys.exit(cliproxy.main())"]
+        command = ["-m", "cliproxy"] if tune is None else ["-c", "import sys, cliproxy\n" + "".join(f"cliproxy.{k} = {v!r}\n" for k, v in tune.items()) + "sys.exit(cliproxy.main())"]
         self.log_path = os.path.join(self.folder, "log")
         with open(self.log_path, "w") as log:
-            self.process = subprocess.Popen([sys.executable, "-W", "error", *command, "--port", "0", "--providers", self.providers, *flags], env=self.env,
+            self.process = subprocess.Popen([*PYTHON, *command, "--port", "0", "--providers", self.providers, *flags], env=self.env,
                                             stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.pid = self.process.pid
         self.port = int(eventually("the proxy prints its address", self._address))
@@ -1061,10 +1068,10 @@ def proxy(shared):
         raise
 
 
-def run(*args, python=(), script=SCRIPT, **env):
-    """cliproxy.py with these arguments, to its end."""
-    return subprocess.run([sys.executable, "-W", "error", *python, script, *args], capture_output=True, text=True, timeout=60,
-                          env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "LANG": "C.UTF-8", **env})
+def run(*args, script=None, **env):
+    """cliproxy.py (or a copy of it) with these arguments, to its end."""
+    return subprocess.run([*PYTHON, *([script] if script else ["-m", "cliproxy"]), *args], capture_output=True, text=True, timeout=60,
+                          env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "LANG": "C.UTF-8", **FROM_CACHE, **env})
 
 
 def called(*args):
@@ -1461,7 +1468,7 @@ def test_a_providers_json_beside_the_script_is_laid_over_the_built_in_one(tmp_pa
 
 
 def test_a_reader_that_stops_early_is_no_error():
-    with subprocess.Popen([sys.executable, "-W", "error", SCRIPT, "providers"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PATH": "/usr/bin:/bin"}) as process:
+    with subprocess.Popen([*PYTHON, SCRIPT, "providers"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PATH": "/usr/bin:/bin"}) as process:
         process.stdout.read(1)
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(LIMIT) in (0, 1)       # 0: all of it had fitted into the pipe
@@ -2689,6 +2696,19 @@ def test_a_client_that_leaves_interrupts_the_turn_and_the_process_lives_on(stayi
     proxy.play(name)
     assert proxy.ask(name, "again").text == "".join(HELLO) and alive(pid)
     assert conversation(asked(proxy, name, 1)) == [("user", "again")]
+
+
+def test_a_client_that_leaves_before_its_turn_has_a_name_interrupts_it_as_soon_as_it_has_one(staying):
+    proxy = staying("codex", alone=True)
+    proxy.play("codex", ["begin"], ["wait", "never"], before=[["touch", "asked"], ["wait", "go"]])
+    with proxy.started("codex"):
+        eventually("the turn is asked for", lambda: proxy.exists("asked"))
+    eventually("the client is missed", lambda: proxy.lines("status=499"))
+    assert "turn/interrupt" not in proxy.read("codex.heard")
+    proxy.touch("go")
+    eventually("the turn is interrupted", lambda: "turn/interrupt" in proxy.read("codex.heard"))
+    proxy.play("codex")
+    assert proxy.ask("codex", "again").text == "".join(HELLO) and len(proxy.lines("event=resident-ready")) == 1
 
 
 @pytest.mark.parametrize("name, message, status, code", [
@@ -3945,7 +3965,7 @@ def test_help_is_one_sentence_three_commands_and_the_options_with_their_defaults
         for shown in (text, called("serve", "--help")[1]):
             assert re.search(rf"{option} .*\(default: {re.escape(default)}\)", shown), option
     assert [called(command, "--help")[0] for command in ("doctor", "providers")] == [0, 0]
-    assert run("--help").returncode == 0
+    assert run("--help", script=SCRIPT).returncode == 0
 
 
 def test_version_is_one_line():
