@@ -58,6 +58,7 @@ import http.client
 import io
 import itertools
 import json
+import math
 import os
 import pty
 import queue
@@ -3683,6 +3684,13 @@ class Pool:
         self._waiting: Set[Scope] = set()
         self._nudge, self._keeper = threading.Event(), None     # type: Tuple[threading.Event, Optional[threading.Thread]]
 
+    def close(self) -> None:
+        """Before the spawner ends and takes all residents along: that is no news, and none of them is to be replaced."""
+        with self._lock:
+            self._log = lambda **kw: None
+            for group in self._groups.values():
+                group.wanted, group.not_before, group.why = False, math.inf, "cliproxy is stopping"
+
     # --- lending ---
 
     def lend(self, turn: Turn, strategy: Strategy, key: str, spare_for: Optional[str], profile: Profile, scope: Scope) -> Conversation:
@@ -3872,10 +3880,10 @@ class Pool:
 
     def _back_off(self, group: Group, resident: Resident, why: str) -> None:
         with self._lock:
-            group.failures += time.monotonic() >= group.not_before      # several that die at the same time are one failure
+            group.failures += time.monotonic() >= group.not_before or not group.failures    # several that die at the same time are one failure
             group.why = why
             seconds = min(START_BACKOFF[1], START_BACKOFF[0] * 2 ** (group.failures - 1))
-            group.not_before = time.monotonic() + seconds
+            group.not_before = max(time.monotonic() + seconds, group.not_before)
             if resident in group.residents:
                 group.residents.remove(resident)
         self._log(level="warning", event="resident-failed", provider=group.provider.name, strategy=group.strategy.driver, why=why, retry_in=round(seconds))
@@ -4352,6 +4360,11 @@ class Router:
             shutil.rmtree(place, ignore_errors=True)
             raise
         resident.place, resident.child = place, child
+
+    def close(self) -> None:
+        """End every CLI and the spawner."""
+        self.pool.close()
+        self.spawner.close()
 
     def warm(self, provider: Provider) -> None:
         """Start the provider's residents ahead of the first request, if its best strategy has any."""
@@ -5505,9 +5518,8 @@ def live_check(router: Router, provider: Provider) -> Tuple[bool, str]:
 
 def command_doctor(args: argparse.Namespace, providers: Dict[str, Provider]) -> int:
     """Exit status 0 if at least one CLI is ready (with --live: answers) and none that is installed is broken, else 1."""
-    spawner = Spawner()
+    router, good = Router(providers, Spawner(), log=log), True
     try:
-        router, good = Router(providers, spawner, log=log), True
         names = args.provider or list(providers)
         unknown = [n for n in names if n not in providers]
         if unknown:
@@ -5523,7 +5535,7 @@ def command_doctor(args: argparse.Namespace, providers: Dict[str, Provider]) -> 
             ready += fine and provider.name != "echo"
         return 0 if good and (ready or "echo" in (args.provider or [])) else 1
     finally:
-        spawner.close()
+        router.close()
 
 
 def command_providers(args: argparse.Namespace, config: Mapping[str, Any]) -> int:
@@ -5595,10 +5607,11 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
     """Serve until SIGTERM or Ctrl-C, then let running requests finish; a second signal ends them."""
     settings = settings_from(args)
     allow_descriptors()
-    spawner = Spawner()                     # before any thread
     ports: List[int] = []
+    spawner = Spawner()                     # before any thread
+    router = Router(providers, spawner, ports, log, settings.strict, args.one_shot)
     try:
-        state = State(settings, Router(providers, spawner, ports, log, settings.strict, args.one_shot))
+        state = State(settings, router)
         listeners = open_listeners(settings, state)
         ports += [listener.server_port for listener in listeners]
         signals: queue.SimpleQueue = queue.SimpleQueue()
@@ -5625,7 +5638,7 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
             pass
         return 1 if spawner.gone.is_set() else 0
     finally:
-        spawner.close()
+        router.close()
 
 
 def _greet(state: State, warm: bool) -> None:
