@@ -3952,6 +3952,32 @@ def test_a_proxy_for_other_machines_wants_a_key_but_no_local_name(serve):
     assert proxy.request("GET", "/v1/models", headers={"Host": "machine.example", "x-api-key": "k", "Origin": "https://evil.example"}).status == 403
 
 
+# === Bench ===========================================================================================================
+
+
+def test_bench_measures_a_cli_and_another_server_in_one_run_and_counts_all_streams(proxy):
+    ended = subprocess.run([sys.executable, "-W", "error", SCRIPT, "bench", "echo", "--providers", proxy.providers, "--url", f"http://127.0.0.1:{proxy.port}/v1", "--model", "echo",
+                            "--runs", "1", "--streams", "3", "--words", "7", "--json"], env=proxy.env, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and ended.stderr == f"this sends 7 requests of about 7 words to each of: echo, http://127.0.0.1:{proxy.port}/v1\n", ended.stderr
+    rows = json.loads(ended.stdout)["targets"]
+    ours, other = rows.values()
+    assert list(rows) == ["echo", f"http://127.0.0.1:{proxy.port}/v1"] and ours["streams"] == other["streams"] == "3/3"
+    assert {"cold_ms", "warm_ms", "ten_turns_ms", "next_turn_ms", "words_per_s"} <= other.keys() < ours.keys() and ours["cpu_s_per_1000_words"] >= 0
+
+
+def test_bench_says_what_could_not_be_measured_and_fails(proxy):
+    proxy.play("claude", ["begin"], ["fail", "API Error: 529 Overloaded", 529])
+    ended = subprocess.run([sys.executable, "-W", "error", SCRIPT, "bench", "claude", "--providers", proxy.providers, "--runs", "1", "--streams", "1"],
+                           env=proxy.env, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "failed: claude answered 503: " in ended.stderr and ended.stdout.split("\n")[1:] == [""]
+
+
+def test_the_processes_below_ours_are_found_with_their_memory_and_time():
+    tree = cliproxy.process_tree(os.getpid())
+    kib, seconds = tree[os.getpid()]
+    assert kib > 1000 and seconds > 0
+
+
 # === Command line ====================================================================================================
 
 
