@@ -732,7 +732,7 @@ BUILTIN_PROVIDERS = r'''{
       "errors": [
         {"error": "not_logged_in", "exit": [41]},
         {"error": "refusal", "match": "blocked due to safety"},
-        {"error": "not_logged_in", "match": "API key is missing or not configured"},
+        {"error": "not_logged_in", "match": "API key is missing or not configured|Could not load the default credentials"},
         {"error": "unreachable", "match": "^terminated$|fetch failed"},
         {"error": "authentication", "match": "API_KEY_INVALID"}
       ],
