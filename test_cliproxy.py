@@ -1406,12 +1406,13 @@ def test_a_file_that_is_no_json_or_not_there_is_named(providers_file, tmp_path):
         loaded(str(tmp_path / "no"))
 
 
-@pytest.mark.parametrize("command", [["--port", "0"], ["doctor"], ["providers"]])
-def test_no_command_starts_with_a_mistake_in_the_providers(providers_file, command):
+def test_no_command_starts_with_a_mistake_in_the_providers(providers_file):
     path = providers_file(patch("claude", binary=5))
-    ended = run(*command, "--providers", path)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"cliproxy: {path}: $.providers.claude.binary: expected a string, found 5\n"
+    words = f"cliproxy: {path}: $.providers.claude.binary: expected a string, found 5\n"
+    for command in (["--port", "0"], ["doctor"], ["providers"]):
+        assert called(*command, "--providers", path) == (2, "", words)
+    ended = run("--port", "0", "--providers", path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", words)
 
 
 @pytest.mark.parametrize("base, over, result", [
@@ -3138,7 +3139,7 @@ def test_codex_is_used_as_the_person_has_set_it_up(serve, tmp_path):
     config = tmp_path / "0" / "home" / ".codex" / "config.toml"
     config.parent.mkdir(parents=True)
     config.write_text('model = "mine-1"\nmodel_provider = "azure"\n[mcp_servers.files]\ncommand = "x"\n[model_providers.azure]\nname = "A"\n[profiles.p]\nmodel = "other"\n')
-    proxy = serve(scripts={"codex": {"reveal": True, "probes": {"debug models --bundled": ["no such command", 1]}}})
+    proxy = serve(clis=["codex"], scripts={"codex": {"reveal": True, "probes": {"debug models --bundled": ["no such command", 1]}}})
     assert proxy.ask("codex").headers["x-cliproxy-model"] == "mine-1"
     argv = proxy.given("codex")["argv"]
     assert argv[argv.index("-m") + 1] == "mine-1" and {"mcp_servers.files.enabled=false", "model_providers.azure.request_max_retries=0"} <= set(argv)
@@ -3289,7 +3290,7 @@ def test_a_parameter_that_the_service_refuses_is_left_out_from_then_on(proxy):
 
 
 def test_a_temporary_directory_that_was_cleaned_away_is_an_error_and_no_mistake(serve):
-    proxy = serve().settled()
+    proxy = serve(clis=["claude"]).settled()
     for path in glob.glob(os.path.join(proxy.folder, "tmp", "*")):
         shutil.rmtree(path)
     answered = proxy.ask("claude")
@@ -3806,7 +3807,7 @@ def test_a_request_of_a_cli_that_a_proxy_started_is_refused(proxy):
 def test_a_cli_is_not_sent_back_here_by_a_base_url(serve):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    proxy = serve(flags=["--port", str(port)], env={"ANTHROPIC_BASE_URL": f"http://localhost:{port}", "OPENAI_BASE_URL": f"http://localhost:{port + 1}/v1"},
+    proxy = serve(clis=["claude", "qwen"], flags=["--port", str(port)], env={"ANTHROPIC_BASE_URL": f"http://localhost:{port}", "OPENAI_BASE_URL": f"http://localhost:{port + 1}/v1"},
                   scripts={"claude": {"reveal": True}, "qwen": {"reveal": True}})
     assert proxy.port == port and proxy.ask("claude").status == proxy.ask("qwen").status == 200
     assert "ANTHROPIC_BASE_URL" not in proxy.given("claude")["env"] and proxy.given("qwen")["env"]["OPENAI_BASE_URL"] == f"http://localhost:{port + 1}/v1"
@@ -3869,7 +3870,7 @@ def test_many_clients_that_come_and_go_leave_nothing(proxy):
 
 
 def test_a_strict_proxy_refuses_what_it_cannot_honour_and_wants_a_key(serve):
-    proxy = serve(flags=["--strict", "--api-key", "key-one", "--api-key", "key two", "--allow-host", "My.Tunnel.example", "--cors-origin", "https://app.example", "--max-body-mb", "1"],
+    proxy = serve(clis=["claude"], flags=["--strict", "--api-key", "key-one", "--api-key", "key two", "--allow-host", "My.Tunnel.example", "--cors-origin", "https://app.example", "--max-body-mb", "1"],
                   env={"CLIPROXY_API_KEY": "key-three,key-four"})
     key = {"Authorization": "Bearer key-one"}
     answered = proxy.ask("claude", seed=1, temperature=1, headers=key)
@@ -3904,7 +3905,7 @@ def test_a_strict_proxy_refuses_what_it_cannot_honour_and_wants_a_key(serve):
 
 
 def test_a_proxy_with_short_patience_ends_slow_clients_and_keeps_streams_alive(serve):
-    proxy = serve(flags=["--keepalive", "0.05", "--max-connections", "4"],
+    proxy = serve(clis=["claude"], flags=["--keepalive", "0.05", "--max-connections", "4"],
                   tune={"HEAD_SECONDS": 0.6, "BODY_SECONDS": 0.6, "IDLE_SECONDS": 0.6, "COMMIT_AFTER": 0.1}).settled()
     with proxy.connect() as idle, proxy.connect() as slow_head, proxy.connect() as slow_body, proxy.connect() as dripping:
         slow_head.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc")
@@ -3946,7 +3947,7 @@ def test_a_proxy_with_short_patience_ends_slow_clients_and_keeps_streams_alive(s
 
 
 def test_a_proxy_for_other_machines_wants_a_key_but_no_local_name(serve):
-    proxy = serve(flags=["--host", "0.0.0.0", "--api-key", "k"])
+    proxy = serve(clis=["claude"], flags=["--host", "0.0.0.0", "--api-key", "k"])
     assert proxy.request("GET", "/v1/models", headers={"Host": "machine.example:1", "x-api-key": "k"}).status == 200
     assert proxy.request("GET", "/v1/models", headers={"Host": "machine.example:1"}).status == 401
     assert proxy.request("GET", "/v1/models", headers={"Host": "machine.example", "x-api-key": "k", "Origin": "https://evil.example"}).status == 403
@@ -4035,7 +4036,7 @@ def test_start_up_says_what_was_found_what_not_and_what_to_type(serve):
 
 
 def test_sigterm_lets_a_stream_end_and_takes_nothing_new(serve):
-    proxy = serve()
+    proxy = serve(clis=["claude"])
     proxy.play("claude", ["begin"], ["say", ["w1 "]], ["wait", "go"], ["say", ["w2"]], ["end"])
     with proxy.started("claude") as stream, proxy.connect() as kept, kept.makefile("rb") as f:
         until(stream, b"w1 ")
@@ -4057,7 +4058,7 @@ def test_sigterm_lets_a_stream_end_and_takes_nothing_new(serve):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_what_is_running(serve, number):
-    proxy = serve()
+    proxy = serve(clis=["claude"])
     proxy.play("claude", ["deaf"], ["begin"], ["say", ["w1 "]], ["wait", "never"])
     with proxy.started("claude") as stream:
         until(stream, b"w1 ")
@@ -4070,7 +4071,7 @@ def test_a_second_signal_ends_what_is_running(serve, number):
 
 
 def test_draining_has_an_end(serve):
-    proxy = serve(flags=["--drain", "0.05"])
+    proxy = serve(clis=["claude"], flags=["--drain", "0.05"])
     proxy.play("claude", ["begin"], ["say", ["w1 "]], ["wait", "never"])
     with proxy.started("claude") as stream:
         until(stream, b"w1 ")
@@ -4078,7 +4079,7 @@ def test_draining_has_an_end(serve):
 
 
 def test_a_proxy_whose_spawner_was_killed_ends_with_a_clear_line(serve):
-    proxy = serve().settled()
+    proxy = serve(clis=["claude"]).settled()
     proxy.play("claude", ["begin"], ["say", ["w1 "]], ["wait", "never"])
     with proxy.started("claude") as stream:
         until(stream, b"w1 ")
