@@ -69,7 +69,6 @@ import shutil
 import signal
 import socket
 import socketserver
-import statistics
 import struct
 import subprocess
 import tempfile
@@ -5376,6 +5375,7 @@ def bench_streams(target: Target, prompt: str, streams: int) -> Dict[str, Any]:
 
 def bench_latency(targets: Sequence[Target], prompt: str, runs: int, say: Callable[[str], None]) -> Dict[str, Dict[str, Any]]:
     """Milliseconds to the first word, medians; the targets take turns, so that a busy moment of the machine hits all of them."""
+    import statistics       # here, because it brings decimal and fractions along, which a server has no use for
     kinds = ("warm_ms", "ten_turns_ms", "next_turn_ms")
     taken: Dict[str, Dict[str, List[float]]] = {t.name: {k: [] for k in kinds} for t in targets}
     for run in range(runs):
