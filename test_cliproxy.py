@@ -577,6 +577,7 @@ if __name__ == "__main__":
 import ast
 import atexit
 import base64
+import concurrent.futures
 import contextlib
 import datetime
 import errno
@@ -600,6 +601,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -4218,3 +4220,565 @@ def test_the_readme_shows_what_echo_answers(shared, proxy):
     body = re.search(r"-d '(.*?)'", text).group(1)
     shown, came = json.loads(re.search(r"```json\n(.*?)\n```", text, re.S).group(1)), proxy.post(body.encode()).json
     assert {**came, "id": 0, "created": 0} == {**shown, "id": 0, "created": 0} and list(came) == list(shown)
+
+
+# === Real CLIs =======================================================================================================
+# The four CLIs as they are installed, in the home of a person who has set them up, with a scripted model server in place of
+# their services. Marked `real`, so they run with -m real only. A CLI that is neither on the PATH nor in $CLIPROXY_TEST_CLIS (a
+# directory) is skipped with a line that says so; with CLIPROXY_TEST_REAL=required that is a failure. Each way to talk to a CLI (a
+# driver of its strategies) is held to the same.
+
+CANARY = "canary-3f9c"      # stands wherever a CLI may pick up instructions by itself; it must never get to the model
+CUT, HOLD = object(), object()      # in a script: the connection breaks here; nothing more comes until the CLI hangs up
+TOKENS = (11, 5)            # what the model server says it has read and written
+REPLY = ["Hello ", "there, ", "how ", "are ", "you?"]
+REAL = [(name, s["driver"]) for name in CLIS for s in json.loads(cliproxy.BUILTIN_PROVIDERS)["providers"][name]["strategies"]]
+BY_TEXT = [way for way in REAL if way[1] == "text"]
+AT_ONCE = [("codex", "jsonl"), *BY_TEXT]                # ways that give the answer whole, or line by line
+
+
+def say_messages(model, words):
+    usage = {"input_tokens": TOKENS[0], "output_tokens": 1, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+    yield {"type": "message_start", "message": {"id": "msg_1", "type": "message", "role": "assistant", "model": model, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}}
+    yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    for word in words:
+        yield {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
+    yield {"type": "content_block_stop", "index": 0}
+    yield {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": {"output_tokens": TOKENS[1]}}
+    yield {"type": "message_stop"}
+
+
+def say_contents(model, words):
+    usage = {"promptTokenCount": TOKENS[0], "candidatesTokenCount": TOKENS[1], "totalTokenCount": sum(TOKENS)}
+    for word in words:
+        yield {"candidates": [{"content": {"role": "model", "parts": [{"text": word}]}, "index": 0}], "usageMetadata": usage}
+    yield {"candidates": [{"content": {"role": "model", "parts": [{"text": ""}]}, "index": 0, "finishReason": "STOP"}], "usageMetadata": usage}
+
+
+def say_items(model, words):
+    item, text = {"type": "message", "id": "msg_1", "role": "assistant", "status": "in_progress", "content": []}, ""
+    yield {"type": "response.created", "response": {"id": "resp_1"}}
+    yield {"type": "response.output_item.added", "output_index": 0, "item": item}
+    for word in words:
+        text += word
+        yield {"type": "response.output_text.delta", "item_id": "msg_1", "output_index": 0, "content_index": 0, "delta": word}
+    yield {"type": "response.output_item.done", "output_index": 0, "item": {**item, "status": "completed", "content": [{"type": "output_text", "text": text, "annotations": []}]}}
+    yield {"type": "response.completed", "response": {"id": "resp_1", "usage": {"input_tokens": TOKENS[0], "output_tokens": TOKENS[1], "total_tokens": sum(TOKENS),
+           "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}}}
+
+
+def say_chunks(model, words):
+    base = {"id": "chatcmpl-1", "created": 1, "model": model, "object": "chat.completion.chunk"}
+    for word in words:
+        yield {**base, "choices": [{"index": 0, "delta": {"role": "assistant", "content": word}, "finish_reason": None}]}
+    yield {**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    yield {**base, "choices": [], "usage": {"prompt_tokens": TOKENS[0], "completion_tokens": TOKENS[1], "total_tokens": sum(TOKENS)}}
+
+
+WIRES = {"/messages": say_messages, ":streamGenerateContent": say_contents, "/responses": say_items, "/chat/completions": say_chunks}
+
+
+class Service(BaseHTTPRequestHandler):
+    """One connection of a CLI to its service."""
+
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+
+    def setup(self):
+        super().setup()
+        self.server.model.connections.append(self.connection)
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, body=b""):
+        self.close_connection = True
+        self.send_response(status)
+        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.answer(200)
+
+    def do_GET(self):
+        self.answer(404)
+
+    def do_POST(self):
+        model, data = self.server.model, self.rfile.read(int(self.headers["Content-Length"]))
+        model.asked.append((self.path.partition("?")[0], json.loads(data)))
+        model.raw += data
+        if model.status:
+            words = "models/x is not found for API version v1beta" if model.status == 404 else f"scripted {model.status}"
+            return self.answer(model.status, json.dumps({"type": "error", "error": {"type": "api_error", "message": words, "code": model.status}}).encode())
+        say = next(say for end, say in WIRES.items() if self.path.partition("?")[0].endswith(end))
+        self.close_connection = True
+        self.send_response(200)
+        for name, value in (("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked"), ("Connection", "close")):
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            for data in say(model.asked[-1][1].get("model"), model.words(self.connection)):
+                frame = (f"event: {data['type']}\n" if "type" in data else "") + f"data: {json.dumps(data)}\n\n"
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(frame), frame.encode()))
+            self.wfile.write(b"0\r\n\r\n")
+        except OSError:
+            pass                            # the CLI has gone, or CUT
+
+
+class Model:
+    """What the CLIs take for their services, for one test. `script`: words, an Event to wait for, CUT, HOLD. `status`: an error instead.
+
+    `asked` are the requests, `left` is how many of their answers were not waited for."""
+
+    def __init__(self, listening):
+        self.script, self.status, self.asked, self.raw, self.left, self.connections = REPLY, None, [], b"", 0, []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Service, bind_and_activate=False)
+        self.server.socket.close()
+        self.server.socket, self.server.model = listening, self
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.thread.start()
+
+    def words(self, connection):
+        for step in self.script:
+            if step is HOLD:
+                connection.settimeout(LIMIT)
+                with contextlib.suppress(ConnectionError):
+                    assert connection.recv(1) == b""
+                self.left += 1
+            if step in (HOLD, CUT):
+                raise ConnectionAbortedError
+            if isinstance(step, threading.Event):
+                step.wait(LIMIT)
+            else:
+                yield step
+
+    def close(self):
+        for step in self.script:
+            if isinstance(step, threading.Event):
+                step.set()
+        self.server.shutdown()
+        self.thread.join()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)       # qwen keeps one open after a cancellation
+
+    def heard(self, name):
+        """The one conversation it was sent, as [(role, part)]: neighbouring texts of a role joined, without what claude always adds."""
+        assert len(self.asked) == 1, [path for path, _ in self.asked]
+        path, body = self.asked[0]
+        assert body.get("tools") in (None, [], [{"functionDeclarations": []}]), body["tools"]
+        out = []
+        for role, part in HEARD[name](body):
+            if name == "claude" and isinstance(part, str) and part.startswith(("x-anthropic-billing-header: ", "You are a Claude agent, ", "<system-reminder>\nAs you answer")):
+                continue
+            if isinstance(part, str) and out and out[-1][0] == role and isinstance(out[-1][1], str):
+                out[-1] = (role, out[-1][1] + part)
+            elif part != "":
+                out.append((role, part))
+        return out
+
+    def beyond(self, words):
+        """Bytes of the request beyond the client's own words."""
+        return len(json.dumps(self.asked[0][1])) - sum(len(json.dumps(w)) for w in words)
+
+
+def heard_by_claude(body):
+    yield from (("system", block["text"]) for block in body.get("system", []))
+    for m in body["messages"]:
+        for b in [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]:
+            yield {"text": lambda: (m["role"], b["text"]), "image": lambda: (m["role"], ("image", b["source"]["data"])),
+                   "tool_use": lambda: ("assistant", ("call", b["id"], b["name"], b["input"])), "tool_result": lambda: ("tool", ("result", b["tool_use_id"], b["content"]))}[b["type"]]()
+
+
+def heard_by_gemini(body):
+    yield from (("system", part["text"]) for part in body.get("systemInstruction", {}).get("parts", []))
+    for c in body["contents"]:
+        role = {"model": "assistant"}.get(c["role"], c["role"])
+        for p in c["parts"]:
+            if "functionCall" in p:
+                yield role, ("call", p["functionCall"]["id"], p["functionCall"]["name"], p["functionCall"]["args"])
+            elif "functionResponse" in p:
+                assert p["functionResponse"]["name"] in ("look", "listen")
+                yield "tool", ("result", p["functionResponse"]["id"], p["functionResponse"]["response"]["output"])
+            else:
+                yield role, p["text"] if "text" in p else ("image", p["inlineData"]["data"])
+
+
+def heard_by_codex(body):
+    assert not body.get("instructions")
+    for i in body["input"]:
+        if i["type"] == "function_call":
+            yield "assistant", ("call", i["call_id"], i["name"], json.loads(i["arguments"]))
+        elif i["type"] == "function_call_output":
+            yield "tool", ("result", i["call_id"], i["output"])
+        else:
+            for p in i["content"]:
+                yield {"developer": "system"}.get(i["role"], i["role"]), p["text"] if "text" in p else ("image", p["image_url"].partition(",")[2])
+
+
+def heard_by_qwen(body):
+    for m in body["messages"]:
+        content = m.get("content") or ""
+        if m["role"] == "tool":
+            yield "tool", ("result", m["tool_call_id"], content)
+            continue
+        for p in [{"text": content}] if isinstance(content, str) else content:
+            yield m["role"], p["text"] if "text" in p else ("image", p["image_url"]["url"].partition(",")[2])
+        for call in m.get("tool_calls", []):
+            yield "assistant", ("call", call["id"], call["function"]["name"], json.loads(call["function"]["arguments"]))
+
+
+HEARD = {"claude": heard_by_claude, "gemini": heard_by_gemini, "codex": heard_by_codex, "qwen": heard_by_qwen}
+
+
+def person(home, service):
+    """The environment of a person whose four CLIs are set up, with `service` as their address; the home is written, canaries and all."""
+    alarm = {"command": "touch", "args": [f"{home}/ran"]}
+    files = {
+        ".claude.json": {"hasCompletedOnboarding": True, "mcpServers": {"c": {"type": "stdio", **alarm}}},
+        ".claude/settings.json": {"hooks": {"UserPromptSubmit": [{"hooks": [{"type": "command", "command": f"touch '{home}/ran'; echo {CANARY}"}]}]}},
+        ".claude/skills/c/SKILL.md": f"---\nname: c\ndescription: {CANARY}\n---\n{CANARY}\n",
+        ".gemini/settings.json": {"security": {"auth": {"selectedType": "gemini-api-key"}}, "mcpServers": {"c": alarm}},
+        ".qwen/settings.json": {"$version": 4, "security": {"auth": {"selectedType": "openai"}}, "mcpServers": {"c": alarm}},
+        ".codex/config.toml": f'model_provider = "loop"\n[model_providers.loop]\nname = "loop"\nbase_url = "{service}/v1"\nenv_key = "CODEX_API_KEY"\nwire_api = "responses"\n'
+                              f'[mcp_servers.c]\ncommand = "touch"\nargs = ["{home}/ran"]\n',
+        **{path: f"Begin with {CANARY}.\n" for path in ("CLAUDE.md", "AGENTS.md", "GEMINI.md", "QWEN.md", ".claude/CLAUDE.md", ".gemini/GEMINI.md", ".qwen/QWEN.md", ".codex/AGENTS.md")}}
+    for name, content in files.items():
+        path = pathlib.Path(home, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return {"HOME": home, "ANTHROPIC_API_KEY": "none", "ANTHROPIC_BASE_URL": service, "GEMINI_API_KEY": "none", "GOOGLE_GEMINI_BASE_URL": service, "CODEX_API_KEY": "none",
+            "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": service + "/v1", "OPENAI_MODEL": "scripted", "NO_PROXY": "127.0.0.1"}
+
+
+def real_path(name):
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("CLIPROXY_TEST_CLIS", ""), os.environ["PATH"]]))
+
+
+def need(request, *names):
+    """Skip the test, or fail it, when one of these CLIs is not there."""
+    missing = [name for name in names if real_path(name) is None]
+    if missing and os.environ.get("CLIPROXY_TEST_REAL") == "required":
+        pytest.fail(f"{missing[0]} is neither on the PATH nor in $CLIPROXY_TEST_CLIS, and CLIPROXY_TEST_REAL is `required`")
+    if missing:
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{missing[0]} is not on the PATH: {request.node.name} is skipped")
+        pytest.skip(f"{missing[0]} is not on the PATH")
+
+
+class RealProxy(Proxy):
+    """cliproxy.py for a person with the real CLIs. Besides them there is a provider NAME-DRIVER for each way to talk to each."""
+
+    def __init__(self, folder, service, first="", providers=(), **env):
+        home = os.path.join(folder, "home")     # the places are made below it, so that it and its canaries are parents of theirs
+        rows = json.loads(cliproxy.BUILTIN_PROVIDERS)["providers"]
+        ways = {f"{name}-{driver}": {**{k: v for k, v in rows[name].items() if k not in ("version", "logged_in")}, "models": {**rows[name]["models"], "names": [], "also": ""},
+                                     "strategies": [s for s in rows[name]["strategies"] if s["driver"] == driver]} for name, driver in REAL}
+        paths = dict.fromkeys([first, *(os.path.dirname(real_path(name) or "") for name in CLIS), os.path.dirname(shutil.which("node") or ""), "/usr/bin", "/bin"])
+        env = {**person(home, service), "TMPDIR": os.path.join(home, "tmp"), "PATH": os.pathsep.join(p for p in paths if p), **env}
+        os.makedirs(env["TMPDIR"])
+        super().__init__(folder, ["--no-warm"], clis=(), env=env, providers={**{name: {} for name in CLIS}, **ways, **dict(providers)})
+
+    def pids(self, way):
+        """The CLIs that run for the provider of a way, by their working directory."""
+        return [pid for pid in self.running() if f"/{way}-" in os.readlink(f"/proc/{pid}/cwd")]
+
+    def one_shots(self):
+        """The places of CLIs that were started for one answer. They are removed when their CLI has ended."""
+        places = [os.path.basename(p) for p in glob.glob(os.path.join(self.env["TMPDIR"], "*", "*"))]
+        return [p for p in places if p.rpartition("-")[0].endswith(("-jsonl", "-text"))]
+
+    def stop(self, number=signal.SIGTERM):
+        status = super().stop(number)
+        assert os.listdir(self.env["TMPDIR"]) == []
+        return status
+
+
+@pytest.fixture(scope="session")
+def people(tmp_path_factory):
+    """(the listening socket of the service, a proxy) for all the tests with real CLIs."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
+        proxy = RealProxy(str(tmp_path_factory.mktemp("real")), "http://127.0.0.1:%d" % listening.getsockname()[1])
+        SHARED.add(proxy.pid)
+        eventually("start-up has looked at all CLIs", lambda: f"\n  {proxy.names[-1]} " in proxy.log())
+        yield listening, proxy
+        SHARED.discard(proxy.pid)
+        assert proxy.stop() == 0 and "Traceback" not in proxy.log(), proxy.log()
+
+
+@pytest.fixture
+def model(people):
+    """The model server, for one test, with a script of its own. No canary may have come to it."""
+    model = Model(people[0])
+    yield model
+    model.close()
+    assert CANARY.encode() not in model.raw
+
+
+@pytest.fixture
+def real(people, model):
+    """The proxy with the real CLIs; afterwards none may be left that was started for an answer."""
+    yield people[1]
+    eventually("no CLI that was started for an answer is left", lambda: not people[1].one_shots())
+
+
+@pytest.fixture
+def serve_real(people, tmp_path):
+    """serve_real(...) -> a RealProxy of the test's own, ended after it."""
+    made = []
+
+    def start(service=None, **more):
+        made.append(RealProxy(str(tmp_path / str(len(made))), service or "http://127.0.0.1:%d" % people[0].getsockname()[1], **more))
+        return made[-1]
+    yield start
+    for proxy in made:
+        if proxy.process.returncode is None:
+            assert proxy.stop() == 0
+        assert "Traceback" not in proxy.log(), proxy.log()
+
+
+@pytest.fixture
+def name(request):
+    """The CLI of a test; skips the test where it is not installed."""
+    need(request, request.param)
+    return request.param
+
+
+def every_cli(test):
+    return pytest.mark.real(pytest.mark.parametrize("name", CLIS, indirect=True)(test))
+
+
+def every_way(without=()):
+    """The test is run for each CLI and each way to talk to it."""
+    ways = [way for way in REAL if way not in without]
+    return lambda test: pytest.mark.real(pytest.mark.parametrize("name, driver", ways, indirect=["name"], ids=["-".join(way) for way in ways])(test))
+
+
+ODD = "Grüße 日本 👩‍👩‍👧 \x1b[31mred\x1b[0m \x00 @/etc/hostname user@example.com /clear {model} ${HOME}\n\n\n  end \n"
+
+
+@pytest.mark.real
+def test_real_clis_are_found_ready(request, real):
+    need(request, *CLIS)
+    for name in CLIS:
+        assert re.search(rf"(?m)^  {name:<8} \d+\.\d+\.\d+ .*ready$", real.log()), real.log()
+
+
+@every_cli
+def test_a_real_cli_answers_under_its_own_name(name, real, model):
+    answered = real.ask(name, "Hi", stream=True, stream_options={"include_usage": True})
+    assert said(answered.frames, usage=True) == [("".join(REPLY), "", "stop")] and model.heard(name) == [("user", "Hi")]
+    assert answered.frames[-2]["usage"]["completion_tokens"] == TOKENS[1]
+
+
+@every_way()
+def test_a_real_cli_answers_whole(name, driver, real, model):
+    model.script = ["Größe ", "\U0001f468\u200d", "\U0001f469 ", "\n\n  two", " lines"]
+    answered = real.ask(f"{name}-{driver}", "Hi")
+    assert answered.text == "".join(model.script) and answered.headers["x-cliproxy-strategy"] == driver
+    assert answered.json["choices"][0]["finish_reason"] == "stop" and model.heard(name) == [("user", "Hi")]
+    assert "text" in driver or answered.json["usage"]["completion_tokens"] == TOKENS[1]
+
+
+@every_way(without=AT_ONCE)
+def test_the_words_of_a_real_cli_are_passed_on_as_they_come(name, driver, real, model):
+    read = threading.Event()
+    model.script = ["one ", read, "two"]
+    with real.started(f"{name}-{driver}") as stream:
+        assert b"two" not in until(stream, b"one ")
+        read.set()
+        until(stream, b"[DONE]")
+
+
+@every_way()
+def test_the_conversation_gets_to_the_model_of_a_real_cli_as_it_is(name, driver, real, model):
+    words = [("system", ODD.strip().replace("\n\n\n", "\n\n")),       # some trim it, and gemini keeps one empty line of several
+              ("user", ODD), ("assistant", ODD), ("user", ODD + "!")]
+    assert real.ask(f"{name}-{driver}", [{"role": role, "content": text} for role, text in words]).text == "".join(REPLY)
+    assert model.heard(name) == words and model.beyond([text for _, text in words]) < 2200
+
+
+@every_way()
+def test_what_looks_like_a_command_is_text_to_a_real_cli(name, driver, real, model):
+    for text in ("/clear", "@/etc/hostname of user@example.com\n!ls"):
+        del model.asked[:]
+        assert real.ask(f"{name}-{driver}", text).text == "".join(REPLY)
+        marked = f"<user>\n{text}\n</user>" if (name, driver, text) == ("claude", "text", "/clear") else text
+        assert model.heard(name) == [("user", marked)]
+
+
+@every_way(without=BY_TEXT)
+def test_a_megabyte_gets_to_the_model_of_a_real_cli(name, driver, real, model):
+    text = "".join(f"line {i} é\n" for i in range(90000))[:1000000] + "."
+    assert real.ask(f"{name}-{driver}", text).text == "".join(REPLY) and model.heard(name) == [("user", text)]
+
+
+@every_way(without=BY_TEXT)
+def test_images_and_tool_calls_get_to_the_model_of_a_real_cli(name, driver, real, model):
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}
+    calls = [{"id": f"c{i}", "type": "function", "function": {"name": tool, "arguments": '{"at": [1]}'}} for i, tool in enumerate(("look", "listen"))]
+    asked = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, picture]}, {"role": "assistant", "content": None, "tool_calls": calls},
+             {"role": "tool", "tool_call_id": "c0", "content": "a cat"}, {"role": "tool", "tool_call_id": "c1", "content": "miaow"}, {"role": "user", "content": "Well?"}]
+    assert real.ask(f"{name}-{driver}", asked).text == "".join(REPLY)
+    assert model.heard(name) == [("user", "What is this?"), ("user", ("image", PIXEL)), ("assistant", ("call", "c0", "look", {"at": [1]})), ("assistant", ("call", "c1", "listen", {"at": [1]})),
+                                 ("tool", ("result", "c0", "a cat")), ("tool", ("result", "c1", "miaow")), ("user", "Well?")]
+
+
+@every_way(without=BY_TEXT)
+def test_two_user_messages_in_a_row_get_to_the_model_of_a_real_cli(name, driver, real, model):
+    roles = ["user", "user", "assistant", "user", "user"]
+    assert real.ask(f"{name}-{driver}", [{"role": role, "content": f"{i}."} for i, role in enumerate(roles)]).text == "".join(REPLY)
+    assert model.heard(name) == [("user", "0.1."), ("assistant", "2."), ("user", "3.4.")]
+
+
+@every_way(without=BY_TEXT)
+def test_native_parameters_get_to_the_model_of_a_real_cli(name, driver, real, model):
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+    answered = real.ask(f"{name}-{driver}", temperature=0.25, stop=["$HOME"], max_tokens=77, seed=5, reasoning_effort="low", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    assert answered.text == "".join(REPLY)
+    body = json.dumps(model.asked[0][1])
+    marks = {"temperature": "0.25", "stop": '"$HOME"', "max_tokens": ": 77", "seed": '"seed": 5', "response_format": '"additionalProperties": false', "effort": "low" if name != "gemini" else "2048"}
+    how = dict(p.split("=") for p in answered.headers["x-cliproxy-params"].split(", ") if not p.startswith("usage"))
+    assert set(how) == set(marks) and {p for p, word in how.items() if word == "native"} == {p for p, mark in marks.items() if mark in body}
+
+
+SERVICE_FAILURES = {400: "invalid_value", 401: "provider_authentication_failed", 403: "provider_permission_denied", 404: "model_not_found", 429: "rate_limit_exceeded",
+            500: "provider_server_error", 503: "overloaded", 529: "overloaded"}
+
+
+@every_way()
+def test_the_failures_of_the_service_of_a_real_cli_are_passed_on(name, driver, real, model):
+    for model.status, code in SERVICE_FAILURES.items() if driver != "text" else [(s, SERVICE_FAILURES[s]) for s in (401, 429, 500, 529)]:
+        del model.asked[:]
+        answered = real.ask(f"{name}-{driver}", stream=model.status % 2 == 0)
+        assert (answered.status, answered.error[2]) == ({529: 503}.get(model.status, model.status), code), answered.message
+        assert len(model.asked) == (2 if (name, model.status) == ("claude", 404) else 1) and str(model.status) in answered.message + str(answered.status)
+
+
+@every_way()
+def test_an_answer_of_a_real_cli_that_is_cut_off_never_ends_well(name, driver, real, model):
+    model.script = ["one ", "two ", CUT]
+    answered = real.ask(f"{name}-{driver}")
+    assert answered.error == (502, "server_error", "provider_unreachable", None)
+    answered = real.ask(f"{name}-{driver}", stream=True)
+    if answered.status != 200:              # it came before the first word was passed on
+        assert answered.error == (502, "server_error", "provider_unreachable", None)
+    else:
+        assert answered.frames[-1]["error"]["code"] == "provider_unreachable" and not any(c["finish_reason"] for f in answered.frames[:-1] for c in f["choices"])
+
+
+@every_way()
+def test_a_client_that_goes_away_ends_the_answer_of_a_real_cli(name, driver, real, model):
+    for model.script in ([HOLD], ["one ", HOLD]):
+        left = model.left
+        with real.started(f"{name}-{driver}") as stream:
+            eventually("the model is asked", lambda: len(model.asked) > left)
+            if len(model.script) > 1 and (name, driver) not in AT_ONCE:
+                until(stream, b"one ")
+        eventually("the model is left", lambda: model.left > left)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/cwd"), reason="there is no /proc to tell one CLI from another")
+@every_way(without=BY_TEXT)
+def test_a_real_cli_that_is_killed_is_a_crash(name, driver, real, model):
+    model.script = ["one ", HOLD]
+    with real.started(f"{name}-{driver}") as stream:
+        eventually("the model is asked", lambda: model.asked)
+        if (name, driver) not in AT_ONCE:
+            until(stream, b"one ")
+        for pid in real.pids(f"{name}-{driver}"):
+            os.kill(pid, signal.SIGKILL)
+        got = until(stream, b"provider_crashed")
+        assert b'"finish_reason":"' not in got and got.startswith(b"HTTP/1.1 502 ") == ((name, driver) in AT_ONCE)
+
+
+@every_cli
+def test_a_real_cli_that_cannot_reach_its_service_says_so(name, serve_real):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        service = "http://127.0.0.1:%d" % closed.getsockname()[1]
+    assert serve_real(service).ask(name).error == (502, "server_error", "provider_unreachable", None)
+
+
+@pytest.mark.real
+def test_real_clis_that_nobody_is_logged_in_to_say_how_to(request, serve_real, tmp_path):
+    need(request, *CLIS)
+    nobody = {"HOME": str(tmp_path / "nobody"), "HTTPS_PROXY": "http://127.0.0.1:9", **dict.fromkeys(("ANTHROPIC_API_KEY", "GEMINI_API_KEY", "CODEX_API_KEY", "OPENAI_API_KEY"), "")}
+    proxy = serve_real(**nobody)
+    eventually("start-up has looked at all CLIs", lambda: "\n  echo " in proxy.log())
+    for name in CLIS:
+        answered = proxy.ask(name)
+        assert answered.error == (401, "authentication_error", "not_logged_in", None), (name, answered.body, proxy.log())
+        assert re.search(rf"(?m)^  {name:<8} .*not logged in: ", proxy.log())
+
+
+@pytest.mark.real
+def test_a_proxy_that_is_killed_leaves_no_real_cli(request, serve_real, model):
+    need(request, *CLIS)
+    proxy = serve_real()
+    model.script = ["one ", HOLD]
+    with contextlib.ExitStack() as streams:
+        for name in CLIS:
+            streams.enter_context(proxy.started(name))
+        eventually("all models are asked", lambda: len(model.asked) == len(CLIS))
+        spawner = proxy.spawner()
+        family = [spawner, *children_of(spawner), *(p for child in children_of(spawner) for p in children_of(child))]
+        proxy.process.kill()
+        proxy.process.wait(LIMIT)
+        eventually("nothing of it runs any more", lambda: not set(family) & set(dict(processes())))
+    eventually("no place is left", lambda: os.listdir(proxy.env["TMPDIR"]) == [])
+
+
+@pytest.mark.real
+def test_a_real_cli_with_renamed_events_answers_by_text(request, serve_real, model, tmp_path):
+    need(request, *CLIS)
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    for name in CLIS:
+        (newer / name).write_text(f"#!/bin/sh\n'{real_path(name)}' \"$@\" | sed 's/\"type\": *\"/\"type\":\"newer_/g'\n")
+        (newer / name).chmod(0o755)
+    proxy = serve_real(first=str(newer), providers={name: one_shot(name) for name in CLIS})
+    for name in CLIS:
+        for _ in range(2):
+            answered = proxy.ask(name)
+            assert answered.text == "".join(REPLY) and answered.headers["x-cliproxy-strategy"] == "text"
+        assert len([line for line in proxy.lines("event=step-down") if f"provider={name} " in line]) == 1
+
+
+@pytest.mark.real
+def test_the_home_of_a_person_with_real_clis_is_left_as_it_was(request, serve_real, model):
+    need(request, *CLIS)
+    proxy = serve_real()
+    home = pathlib.Path(proxy.env["HOME"])
+    before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file() and "tmp" not in p.relative_to(home).parts}
+    for way in (*CLIS, *("-".join(way) for way in REAL)):
+        assert proxy.ask(way, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]).text == "".join(REPLY)
+    assert proxy.stop() == 0
+    after = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    # claude notes its first start in .claude.json, and in .claude what runs and when it has tidied up; they go only where the login goes
+    noted = home / ".claude.json"
+    assert json.loads(before.pop(noted)).items() <= json.loads(after.pop(noted)).items()
+    assert {p: after.get(p) for p in before} == before
+    assert {p.relative_to(home).parts[:2] for p in set(after) - set(before)} <= {(".claude", "backups"), (".claude", "sessions"), (".claude", ".last-cleanup")}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", CLIS, indirect=True)
+def test_of_many_requests_at_once_each_gets_to_the_model_of_a_real_cli_as_it_is(name, real, model):
+    """Conversations drawn by lot, six at a time: nothing of one is ever seen in another."""
+    draw = random.Random(name)
+    asked = []
+    for number in range(40):
+        words = [("system", f"Rule {number}.")] if draw.random() < 0.5 else []
+        for turn in range(draw.choice([0, 0, 1, 3])):
+            words += [("user", f"{draw.choice(['/clear', '@/etc/hostname', 'über', '🙂'])} {number}.{turn}?"), ("assistant", f"Yes {number}.{turn}.")]
+        asked.append([*words, ("user", f"{draw.choice(['plain', '  spaced', '$HOME', '{brace}'])} <{number}>")])
+
+    def ask(words):
+        effort = {"reasoning_effort": "low"} if len(words) % 2 else {}
+        return real.ask(name, [{"role": role, "content": text} for role, text in words], **effort).text
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(ask, asked)) == {"".join(REPLY)}
+    for number, words in enumerate(asked):
+        bodies = [(path, body) for path, body in model.asked if f"<{number}>" in json.dumps(body)]
+        assert Model.heard(types.SimpleNamespace(asked=bodies), name) == words
