@@ -730,7 +730,6 @@ BUILTIN_PROVIDERS = r'''{
       ],
       "errors": [
         {"error": "not_logged_in", "exit": [41]},
-        {"error": "not_logged_in", "match": "could not load the default credentials"},
         {"error": "refusal", "match": "blocked due to safety"},
         {"error": "not_logged_in", "match": "API key is missing or not configured|Could not load the default credentials"},
         {"error": "unreachable", "match": "^terminated$|fetch failed"},
