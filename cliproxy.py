@@ -5559,7 +5559,7 @@ def command_echo(args: argparse.Namespace) -> int:
 def echo_agent() -> int:
     """The same as an agent that stays open: the Agent Client Protocol on stdin and stdout, as far as the driver `acp` speaks it."""
     def say(message: Mapping[str, Any]) -> None:
-        sys.stdout.write(json.dumps({"jsonrpc": "2.0", **message}, separators=(",", ":")) + "\n")
+        print(json.dumps({"jsonrpc": "2.0", **message}, separators=(",", ":")), flush=True)
 
     for line in sys.stdin.buffer:
         asked = json.loads(line)
@@ -5575,7 +5575,6 @@ def echo_agent() -> int:
             result = {"stopReason": "end_turn", "usage": {"inputTokens": usage["input"], "outputTokens": usage["output"]}}
         if "id" in asked:
             say({"id": asked["id"], "result": result})
-        sys.stdout.flush()
     return 0
 
 

@@ -255,6 +255,9 @@ class Agent:
         except FileNotFoundError:
             return DEFAULT_SCRIPT
 
+    def ending(self, said):
+        """About to say that the answer is whole: the next request may come at once."""
+
     def prompted(self, session, lines, finished):
         """Note what was asked and play the script in a thread; `finished(status)` when it is over: done, cancelled."""
         import threading
@@ -455,9 +458,10 @@ class ClaudeAgent(Agent):
     def over(self, stage):
         del self.running["one"]
         if stage.cancelled.is_set():
-            return self.say({**claude_result(True, ""), "subtype": "error_during_execution", "terminal_reason": "aborted_streaming"})
-        if not stage.failed:
-            self.sessions["one"]["messages"].append(["assistant", "".join(stage.said)])
+            self.say({**claude_result(True, ""), "subtype": "error_during_execution", "terminal_reason": "aborted_streaming"})
+
+    def ending(self, said):
+        self.sessions["one"]["messages"].append(["assistant", said])
 
 
 class Turn(Stage):
@@ -479,6 +483,8 @@ class Turn(Stage):
         self.said += args[0] if step == "say" else []
         if step == "fail":
             self.failed = (args[0], args[1] if len(args) > 1 else 500)
+        if step == "end":
+            self.agent.ending("".join(self.said))
         self.agent.say(*self.lines(step, *args))
 
     def do_wait(self, name):
