@@ -4296,9 +4296,8 @@ class Service(BaseHTTPRequestHandler):
         pass
 
     def answer(self, status, body=b""):
-        self.close_connection = True
-        self.send_response(status)
-        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")):
+        self.send_response(status)          # and the connection stays: claude sends its second request for a model that is not found on it
+        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(body)))):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
