@@ -5357,7 +5357,7 @@ def bench_streams(target: Target, prompt: str, streams: int) -> Dict[str, Any]:
     while any(t.is_alive() for t in threads):
         if target.pid:
             most = max(most, sum(rss for rss, _ in process_tree(target.pid).values()))
-        next((t for t in threads if t.is_alive()), threads[0]).join(0.3)
+        next((t for t in threads if t.is_alive()), threads[0]).join(0.1)
     seconds = time.monotonic() - began
     words = sum(len(s.text.split()) for s in done)
     gaps = sorted(b - a for s in done for a, b in zip(s.times, s.times[1:]))

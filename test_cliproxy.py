@@ -3964,7 +3964,7 @@ def test_a_proxy_for_other_machines_wants_a_key_but_no_local_name(serve):
 
 
 def test_bench_measures_a_cli_and_another_server_in_one_run_and_counts_all_streams(proxy):
-    ended = subprocess.run([sys.executable, "-W", "error", SCRIPT, "bench", "echo", "--providers", proxy.providers, "--url", f"http://127.0.0.1:{proxy.port}/v1", "--model", "echo",
+    ended = subprocess.run([sys.executable, "-W", "error", SCRIPT, "bench", "echo", "--url", f"http://127.0.0.1:{proxy.port}/v1", "--model", "echo",
                             "--runs", "1", "--streams", "3", "--words", "7", "--json"], env=proxy.env, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0 and ended.stderr == f"this sends 7 requests of about 7 words to each of: echo, http://127.0.0.1:{proxy.port}/v1\n", ended.stderr
     rows = json.loads(ended.stdout)["targets"]
