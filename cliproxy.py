@@ -931,7 +931,8 @@ BUILTIN_PROVIDERS = r'''{
         }}
       },
       "args": ["--extensions=none", ["-m", "{model}"]],
-      "watch": {"files": "run/debug/*.txt", "match": "\\[RETRY\\] Attempt 1 failed with status \\d+[^\\n]*Error: (?P<message>(?P<status>\\d{3})[^\\n]*)"},
+      "watch": {"files": "run/debug/*.txt", "match": "\\[RETRY\\] Attempt 1 failed with status \\d+[^\\n]*Error: (?P<message>(?P<status>\\d{3})[^\\n]*)",
+                "again": "Invalid stream \\[NO_FINISH_REASON\\]"},
       "strategies": [
         {
           "driver": "acp",
@@ -1111,7 +1112,7 @@ _PROVIDER = {
     "derive?": {"*": {"from": str, "map": {"*": _template}, "models?": _regex}},
     "links?": {"*": str}, "files?": {"*": _template}, "args?": _launch_args,
     "profile?": _template, "events?": [_EVENT_RULE], "prepare?": {"*": {"argv": [str], "each?": str, "set?": {"*": _template}, "drop?": [str]}},
-    "watch?": {"files": str, "match": _regex}, "strategies": [_STRATEGY], "errors?": _ERROR_RULES, "exit_status?": {"*": int},
+    "watch?": {"files": str, "match": _regex, "again?": _regex}, "strategies": [_STRATEGY], "errors?": _ERROR_RULES, "exit_status?": {"*": int},
     "status?": _regex, "failure?": _regex, "slots?": int, "timeouts?": _TIMEOUTS,
 }
 PROVIDERS_SHAPE = {"version": int, "defaults?": {"env?": _ENV, "slots?": int, "timeouts?": _TIMEOUTS, "errors?": _ERROR_RULES, "reset?": [_regex],
@@ -2534,6 +2535,7 @@ def _leaves(template: Any) -> Iterator[str]:
 
 MAX_LINE = 64 << 20         # bytes; a JSON line longer than this is not an answer
 WATCH_EVERY = 0.05          # seconds between looks at a file that a strategy watches
+WATCH_ON = 0.5              # the same once the answer has begun: qwen waits 2 s before it asks for one again that broke off
 FLAGS_REFUSED = re.compile(r"unknown (option|argument|flag|command)|unexpected argument|unrecognized (option|argument|subcommand)|invalid value", re.I)
 
 
@@ -2796,25 +2798,36 @@ class JsonLines(RuleReader):
         return self._child.wait(1.0) if self._child else None
 
 
+def broke_off(provider: Provider) -> ProviderError:
+    """The error of an answer that ended in the middle, though the CLI would ask for it again."""
+    return provider_error(provider, "unreachable", "its answer broke off")
+
+
 class FileWatch:
-    """For a CLI that hides a failure behind minutes of retries and tells only its log file: reads that file until the first event."""
+    """For a CLI that hides a failure behind minutes of retries and tells only its log file: reads that file until the first event.
+
+    What the pattern `again` finds is looked for to the end: that the answer broke off, and will be asked for and printed once more."""
 
     def __init__(self, provider: Provider, child: Child):
-        row = provider.row.get("watch")
-        self._provider, self._pattern = provider, re.compile(row["match"]) if row else None
+        row = provider.row.get("watch", {})
+        self._provider = provider
+        self._pattern, self._again = (re.compile(row[k]) if k in row else None for k in ("match", "again"))
         self._files = os.path.join(child.place, row["files"]) if row else ""
 
     def every(self) -> Optional[float]:
-        return WATCH_EVERY if self._pattern else None
+        return WATCH_EVERY if self._pattern else WATCH_ON if self._again else None
 
     def stop(self) -> None:
         self._pattern = None
 
     def look(self, scope: Scope) -> None:
         """Raise the error that the log names, if it names one."""
-        for path in glob.glob(self._files) if self._pattern else ():
+        for path in glob.glob(self._files) if self._pattern or self._again else ():
             with open(path, encoding="utf-8", errors="replace") as f:
-                m = self._pattern.search(f.read())
+                text = f.read()
+            if self._again and self._again.search(text):
+                raise broke_off(self._provider)
+            m = self._pattern.search(text) if self._pattern else None
             if m:
                 error = classify(self._provider, m.group("message"), int(m.group("status")))
                 raise error or ProviderError(f"{self._provider.name} failed", m.group("message"), ProviderError.advice)
@@ -3203,13 +3216,14 @@ class LogWatch:
     """FileWatch for a resident: its log names no conversation, so a failure in it is given to the turn that can only be meant."""
 
     def __init__(self, resident: Resident):
-        row = resident.provider.row.get("watch")
-        self._resident, self._pattern = resident, re.compile(row["match"].encode()) if row else None
-        self._files, self._read = (row["files"] if row else ""), {}     # type: Tuple[str, Dict[str, int]]
+        row = resident.provider.row.get("watch", {})
+        self._resident = resident
+        self._pattern, self._again = (re.compile(row[k].encode()) if k in row else None for k in ("match", "again"))
+        self._files, self._read = row.get("files", ""), {}      # type: Tuple[str, Dict[str, int]]
 
     def every(self) -> Optional[float]:
-        waiting = self._pattern and any(c.mute for c in list(self._resident.busy))
-        return WATCH_EVERY if waiting else None
+        busy = list(self._resident.busy) if self._pattern else []
+        return WATCH_EVERY if any(c.mute for c in busy) else WATCH_ON if busy and self._again else None
 
     def look(self) -> None:
         """Read what is new in the log, and tell the turns that have not begun to answer once it is clear which have failed."""
@@ -3227,6 +3241,9 @@ class LogWatch:
             self._read[path] = self._read.get(path, 0) + len(whole)
             self._resident.failures.extend({"status": int(m.group("status")), "message": m.group("message").decode("utf-8", "replace")}
                                            for m in self._pattern.finditer(whole))
+            if self._again and self._again.search(whole) and len(self._resident.busy) == 1:     # of several it does not say whose it was
+                for conversation in list(self._resident.busy):
+                    conversation.box.put({"@log": None}, 0)
         mute = [c for c in list(self._resident.busy) if c.mute]
         if len(self._resident.failures) >= len(mute):
             for conversation in mute:
@@ -3500,6 +3517,8 @@ class Talk(RuleReader):
         elif self._wire.asks(line):
             return self._reply(line)
         elif line.keys() == {"@log"}:
+            if line["@log"] is None:
+                raise broke_off(self._provider)
             raise classify(self._provider, line["@log"]["message"], line["@log"]["status"]) or ProviderError(
                 f"{self._provider.name} failed", line["@log"]["message"], ProviderError.advice)
         else:
