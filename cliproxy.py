@@ -81,7 +81,7 @@ import uuid
 from collections import deque
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 VERSION = "0.1.0"
 
@@ -174,6 +174,15 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """What a CLI said of a limit of its account: the `window` as the CLI calls it (five_hour, primary ...), how much of it is
+    used, in percent, and when it begins anew (seconds since 1970); None where it did not say."""
+    window: str
+    used: Optional[float] = None
+    resets: Optional[float] = None
+
+
+@dataclass(frozen=True)
 class Done:
     """The end of an answer: stop, length or content_filter. Every stream of events ends in one of these, or raises."""
     reason: str
@@ -184,12 +193,12 @@ class Waiting:
     """Nothing came for a keep-alive interval. Lets a dialect say so to the client; never part of the answer."""
 
 
-Event = Union[Text, Thinking, Usage, Done, Waiting]
+Event = Union[Text, Thinking, Usage, Limit, Done, Waiting]
 
 
 # === Errors ==========================================================================================================
 # Every way to fail. An error is raised, never passed on as an event. A dialect turns it into its own JSON; here stand the
-# HTTP status and what OpenAI calls the type and the code (platform.openai.com/docs/guides/error-codes).
+# HTTP status, what OpenAI calls the type and the code (platform.openai.com/docs/guides/error-codes), and what the router makes of it.
 
 
 class ClientGone(Exception):
@@ -208,16 +217,20 @@ class ProxyError(Exception):
     """What happened, why, and what to do about it, in one sentence each.
 
     `retry_after` is in seconds; `should_retry` goes out as x-should-retry, which openai-python and -node obey
-    (_base_client.py, _should_retry); None leaves it to the client.
+    (_base_client.py, _should_retry); None leaves it to the client. For the router: may the next provider be asked instead, or,
+    after the first word, the same one to go on; does it count for the circuit breaker, and for how many seconds does it open
+    that at once, if the CLI names no time.
     """
     status, type, code = 500, "server_error", "internal_error"
     should_retry: Optional[bool] = None
+    next_provider = same_provider = counts = False
+    opens: Optional[float] = None
 
     def __init__(self, what: str, why: str = "", do: str = "", *, param: Optional[str] = None, code: Optional[str] = None,
                  retry_after: Optional[float] = None, close: bool = False):
         self.message = what + (f": {why}" if why else "") + (f". {do[0].upper()}{do[1:]}" if do else "")
         super().__init__(self.message)
-        self.what = what
+        self.what, self.why, self.do = what, why, do
         self.param, self.retry_after, self.close = param, retry_after, close
         if code:
             self.code = code
@@ -226,6 +239,11 @@ class ProxyError(Exception):
 class BadRequest(ProxyError):
     """The request is not one; `param` names the field."""
     status, type, code = 400, "invalid_request_error", "invalid_value"
+
+
+class Unfit(BadRequest):
+    """The request is one, but this provider has no way in for something in it; another may have."""
+    next_provider = True
 
 
 class Unauthorized(ProxyError):
@@ -266,6 +284,12 @@ class UnsupportedMedia(ProxyError):
 class Busy(ProxyError):
     """All slots are taken and the queue's deadline has passed, or there are too many connections."""
     status, type, code, should_retry = 429, "rate_limit_error", "rate_limit_exceeded", True
+    next_provider = True
+
+
+class TooSlow(ProxyError):
+    """The client reads its answer so slowly that it was given up."""
+    status, type, code, should_retry = 408, "invalid_request_error", "request_timeout", False
 
 
 class Loop(ProxyError):
@@ -282,12 +306,14 @@ class ProviderError(ProxyError):
     """A provider failed. The subclasses are the error classes that providers.json may name."""
     status, type, code = 502, "server_error", "provider_error"
     advice = "try again, or use another model"
+    next_provider = counts = True
 
 
 class ModelNotFound(ProviderError):
     """No provider here, or not its service, knows the model."""
     status, type, code = 404, "invalid_request_error", "model_not_found"
     advice = "GET /v1/models lists what can be served"
+    counts = False
 
 
 class NotLoggedIn(ProviderError):
@@ -312,23 +338,27 @@ class RateLimited(ProviderError):
     """The service's rate limit (HTTP 429); it passes soon."""
     status, type, code, should_retry = 429, "rate_limit_error", "rate_limit_exceeded", True
     advice = "wait, or use another model"
+    opens = 5.0
 
 
 class QuotaUsedUp(ProviderError):
     """The plan's limit is used up until its reset."""
     status, type, code = 429, "insufficient_quota", "insufficient_quota"
     advice = "wait for the limit to reset, or use another model"
+    opens = 60.0
 
 
 class BillingRefused(ProviderError):
     """No credit, or a use that the plan does not cover (HTTP 402)."""
     status, type, code, should_retry = 402, "insufficient_quota", "insufficient_quota", False
     advice = "check the plan and the billing page of that account"
+    opens = 300.0
 
 
 class ContextLengthExceeded(ProviderError):
     """The conversation is longer than the model takes."""
     status, type, code, should_retry = 400, "invalid_request_error", "context_length_exceeded", False
+    counts = False
     # LangChain and others look for "maximum context length"; LiteLLM, and so aider, for "model's maximum context limit".
     advice = "shorten the messages: they exceed the model's maximum context limit (its maximum context length)"
 
@@ -337,12 +367,14 @@ class Refused(ProviderError):
     """The service declined to answer."""
     status, type, code, should_retry = 400, "invalid_request_error", "content_filter", False
     advice = "rephrase the request"
+    next_provider = counts = False
 
 
 class ProviderBadRequest(ProviderError):
     """The service would not take the request (HTTP 400, 409, 422)."""
     status, type, code, should_retry = 400, "invalid_request_error", "invalid_value", False
     advice = "change the request: its service will not take it as it is"
+    next_provider = counts = False
 
 
 class ParameterRefused(ProviderBadRequest):
@@ -363,20 +395,29 @@ class UpstreamFailed(ProviderError):
 class Unreachable(ProviderError):
     """The CLI could not reach its service, or the connection broke."""
     status, type, code, should_retry = 502, "server_error", "provider_unreachable", True
+    same_provider = True
     advice = "check this machine's network, or try again"
 
 
 class Crashed(ProviderError):
     """The CLI ended, or was killed, before its answer was complete."""
     status, type, code, should_retry = 502, "server_error", "provider_crashed", True
+    same_provider = True
 
 
 class TimedOut(ProviderError):
-    """No answer within one of the time-outs."""
+    """No answer within one of the time-outs; the code says which."""
     status, type, code, should_retry = 504, "server_error", "provider_timeout", False
     advice = "raise the time-out in providers.json, or use a faster model"
 
 
+class Paused(ProviderError):
+    """The circuit breaker is open: the provider has failed too often, and is not asked for a while."""
+    status, type, code, should_retry = 503, "server_error", "provider_paused", True
+    counts = False
+
+
+RETRY_AT_MOST = 120.0       # seconds; a client that would have to wait longer is told not to retry (openai-python waits no longer)
 ERROR_CLASSES = {
     "not_logged_in": NotLoggedIn, "authentication": AuthenticationFailed, "permission": PermissionDenied, "rate_limit": RateLimited, "quota": QuotaUsedUp,
     "billing": BillingRefused, "context_length": ContextLengthExceeded, "model_not_found": ModelNotFound, "refusal": Refused,
@@ -400,6 +441,24 @@ WHAT_HAPPENED = {
 
 BUILTIN_PROVIDERS = r'''{
   "version": 1,
+  "routes": {
+    "auto": ["claude", "codex", "gemini", "qwen"],
+    "gpt-4o": ["codex", "claude/sonnet", "gemini/gemini-2.5-pro", "qwen"],
+    "gpt-4o-mini": ["codex", "claude/haiku", "gemini/gemini-2.5-flash", "qwen"],
+    "gpt-4*": ["codex", "claude/sonnet", "gemini/gemini-2.5-pro", "qwen"],
+    "gpt-4*-mini*": ["codex", "claude/haiku", "gemini/gemini-2.5-flash", "qwen"],
+    "gpt-4*-nano*": ["codex", "claude/haiku", "gemini/gemini-2.5-flash", "qwen"],
+    "gpt-3.5*": ["codex", "claude/haiku", "gemini/gemini-2.5-flash", "qwen"],
+    "chatgpt-*": ["codex", "claude/sonnet", "gemini/gemini-2.5-pro", "qwen"],
+    "o[134]*": ["codex", "claude/opus", "gemini/gemini-2.5-pro", "qwen"],
+    "claude-3*": ["claude/sonnet"],
+    "claude-3*opus*": ["claude/opus"],
+    "claude-3*haiku*": ["claude/haiku"],
+    "gemini-1*": ["gemini/gemini-2.5-flash"],
+    "gemini-1*pro*": ["gemini/gemini-2.5-pro"],
+    "gemini-2.0*": ["gemini/gemini-2.5-flash"],
+    "gemini-pro": ["gemini/gemini-2.5-pro"]
+  },
   "defaults": {
     "env": {
       "pass": ["PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "XDG_*", "DBUS_SESSION_BUS_ADDRESS",
@@ -441,7 +500,9 @@ BUILTIN_PROVIDERS = r'''{
         ]
       }
     },
-    "timeouts": {"queue": 60, "start": 60, "first": 600, "idle": 300, "total": 3600},
+    "timeouts": {"queue": 60, "start": 60, "first": 600, "failover": 120, "idle": 300, "total": 3600},
+    "breaker": {"failures": 3, "seconds": 10, "longest": 1800},
+    "hedge_ms": 0,
     "errors": [
       {"error": "parameter", "match": "^(?=.*(?:unsupported|not support|may only be set|cannot both be|not allowed|deprecated)).*?\\b(?P<parameter>temperature|top_p|seed|stop_sequences|presence_penalty|frequency_penalty|reasoning_effort|response_format|logit_bias)\\b"},
       {"error": "not_logged_in", "match": "not logged in|please run /login|no auth type is selected|please set an auth method|missing api key|missing environment variable|authorization is required|specify the GEMINI_API_KEY"},
@@ -531,11 +592,13 @@ BUILTIN_PROVIDERS = r'''{
         {"if": {"event.type": "message_delta", "event.delta.stop_reason": "refusal"}, "usage": {"output": "event.usage.output_tokens"}, "done": "content_filter", "kill": true},
         {"if": {"event.type": "message_delta", "@text": false}, "usage": {"output": "event.usage.output_tokens"}, "done": "stop", "kill": true},
         {"if": {"event.type": "message_delta"}, "usage": {"output": "event.usage.output_tokens"}, "done": "stop"},
-        {"if": {"type": "rate_limit_event", "rate_limit_info.status": "rejected"}, "reset": "rate_limit_info.resetsAt"},
+        {"if": {"type": "rate_limit_event", "rate_limit_info.status": "rejected"}, "reset": "rate_limit_info.resetsAt",
+         "limits": [{"window": "rate_limit_info.rateLimitType", "used": 100, "resets": "rate_limit_info.resetsAt"}]},
+        {"if": {"type": "rate_limit_event"}, "limits": [{"window": "rate_limit_info.rateLimitType", "part": "rate_limit_info.utilization", "resets": "rate_limit_info.resetsAt"}]},
         {"if": {"type": "result", "is_error": true}, "error": {"message": "result", "status": "api_error_status", "kind": "error"}},
         {"if": {"type": "result", "stop_reason": "refusal"}, "done": "content_filter"},
         {"if": {"type": "result"}, "done": "stop"},
-        {"if": {"type": ["system", "stream_event", "assistant", "user", "rate_limit_event", "control_response"]}, "skip": true}
+        {"if": {"type": ["system", "stream_event", "assistant", "user", "control_response"]}, "skip": true}
       ],
       "args": ["--tools", "", "--no-session-persistence", "--strict-mcp-config", "--setting-sources", "", "--disable-slash-commands",
                "--model", "{model}", ["--system-prompt-file", "{file:system.md}"], {"unless": "system", "argv": ["--system-prompt", ""]},
@@ -815,7 +878,7 @@ BUILTIN_PROVIDERS = r'''{
           "start": [
             {"call": "initialize", "take": {}, "params": {"clientInfo": {"name": "cliproxy", "title": "cliproxy", "version": "0"}, "capabilities": {
               "experimentalApi": true, "requestAttestation": false,
-              "optOutNotificationMethods": ["configWarning", "remoteControl/status/changed", "thread/started", "thread/status/changed", "item/started", "account/rateLimits/updated"]}}},
+              "optOutNotificationMethods": ["configWarning", "remoteControl/status/changed", "thread/started", "thread/status/changed", "item/started"]}}},
             {"notify": "initialized"}],
           "open": [{"call": "thread/start", "take": {"session": "thread.id"}, "params": {
             "model": "{model}", "cwd": "{dir}/work", "approvalPolicy": "never", "sandbox": "read-only", "ephemeral": true, "baseInstructions": ""}}],
@@ -834,6 +897,9 @@ BUILTIN_PROVIDERS = r'''{
             {"if": {"method": "thread/tokenUsage/updated"}, "usage": {
               "input": "params.tokenUsage.last.inputTokens", "output": "params.tokenUsage.last.outputTokens",
               "cached": "params.tokenUsage.last.cachedInputTokens", "reasoning": "params.tokenUsage.last.reasoningOutputTokens"}},
+            {"if": {"method": "account/rateLimits/updated"}, "limits": [
+              {"window": "primary", "used": "params.rateLimits.primary.usedPercent", "resets": "params.rateLimits.primary.resetsAt"},
+              {"window": "secondary", "used": "params.rateLimits.secondary.usedPercent", "resets": "params.rateLimits.secondary.resetsAt"}]},
             {"if": {"method": "turn/completed", "params.turn.status": "completed"}, "done": "stop"},
             {"if": {"method": "turn/completed", "params.turn.error.message": {"match": "reason: max_output_tokens"}}, "done": "length"},
             {"if": {"method": "turn/completed", "params.turn.error.message": {"match": "reason: content_filter"}}, "done": "content_filter"},
@@ -1031,6 +1097,7 @@ PARAMETERS = ("temperature", "top_p", "max_tokens", "stop", "seed", "presence_pe
               "response_format", "logit_bias")
 RESIDENT_DRIVERS, PROCESS_DRIVERS = ("acp", "codex-app-server", "claude-stream"), ("jsonl", "text")    # ways to talk; see WIRES and DRIVERS
 FORMATS = ("anthropic", "gemini", "openai", "responses")
+BREAKER_DEFAULTS = {"failures": 3, "seconds": 10.0, "longest": 1800.0}      # see Breaker
 VARIABLES = {"dir", "self", "python", "uuid", "hop", "env", "file", "found", "prepared", "model", "system", "prompt",
              "transcript", "messages", "history", "last", "new", "schema", "json_mime", "item", "id", "parent", "content", *PARAMETERS,
              "plain", "fresh", "live", "ends_in_result", "profile", "profiles", "models", "flip", "system_name", "new_uuid", "session", "turn", "short"}
@@ -1083,6 +1150,11 @@ def _field_paths(value: Any, path: str) -> None:
         check(value, [str], path)
 
 
+def _path_or_number(value: Any, path: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ConfigError(f"{path}: expected a path or a number, found {_show(value)}")
+
+
 def _steps(value: Any, path: str) -> None:
     """What is written to a resident, one after the other; see Talk._step."""
     check(value, [_STEP], path)
@@ -1097,9 +1169,10 @@ _TALK = {"start?": _steps, "open?": _steps, "ask?": _steps, "cancel?": _steps, "
          "ends?": {"*": _event_test}, "failure?": {"message": _field_paths, "status?": _field_paths}, "resident?": _RESIDENT, "litter?": [str]}
 _ERROR_RULES = [{"error": _error_class, "match?": _regex, "status?": [int], "exit?": [int], "kind?": [str]}]
 _ENV = {"pass?": [str], "set?": {"*": _template}}
-_TIMEOUTS = {"queue?": float, "start?": float, "first?": float, "idle?": float, "total?": float}
+_TIMEOUTS = {"queue?": float, "start?": float, "first?": float, "failover?": float, "idle?": float, "total?": float}
+_BREAKER = {"failures?": int, "seconds?": float, "longest?": float}
 _EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool, "skip?": bool,
-               "must_be_empty?": str, "reset?": str, "reject?": str, "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
+               "must_be_empty?": str, "reset?": str, "limits?": [{"window": str, "used?": _path_or_number, "part?": str, "resets?": str}], "reject?": str, "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
 _STRATEGY = {"driver": _driver_name, "argv": _launch_args, "stdin?": _template, "images?": bool, "split?": _regex, "guard?": _regex,
              "files?": {"*": _template}, "env?": {"*": _template}, "slots?": int, **_TALK, "events?": [_EVENT_RULE], "begin?": _regex, "end?": _regex, "drop?": [_regex], "failed?": _regex, "stream?": bool, "terminal?": [str]}
@@ -1113,9 +1186,10 @@ _PROVIDER = {
     "links?": {"*": str}, "files?": {"*": _template}, "args?": _launch_args,
     "profile?": _template, "events?": [_EVENT_RULE], "prepare?": {"*": {"argv": [str], "each?": str, "set?": {"*": _template}, "drop?": [str]}},
     "watch?": {"files": str, "match": _regex, "again?": _regex}, "strategies": [_STRATEGY], "errors?": _ERROR_RULES, "exit_status?": {"*": int},
-    "status?": _regex, "failure?": _regex, "slots?": int, "timeouts?": _TIMEOUTS,
+    "status?": _regex, "failure?": _regex, "slots?": int, "timeouts?": _TIMEOUTS, "breaker?": _BREAKER, "hedge_ms?": float,
 }
-PROVIDERS_SHAPE = {"version": int, "defaults?": {"env?": _ENV, "slots?": int, "timeouts?": _TIMEOUTS, "errors?": _ERROR_RULES, "reset?": [_regex],
+PROVIDERS_SHAPE = {"version": int, "routes?": {"*": [str]},
+                   "defaults?": {"env?": _ENV, "slots?": int, "timeouts?": _TIMEOUTS, "breaker?": _BREAKER, "hedge_ms?": float, "errors?": _ERROR_RULES, "reset?": [_regex],
                                                  "drivers?": {"*": {**_TALK, "slots?": int, "events?": [_EVENT_RULE]}}},
                    "providers": {"*": _PROVIDER}}
 _TALK_TEMPLATES = ("start", "open", "ask", "cancel", "close")
@@ -1218,6 +1292,17 @@ class EventRule(LineTest):
         self.usage = {k: [tuple(p.split(".")) for p in ([v] if isinstance(v, str) else v)] for k, v in row.get("usage", {}).items()}
         self.error = {k: [tuple(p.split(".")) for p in ([v] if isinstance(v, str) else v)] for k, v in row.get("error", {}).items() if k != "words"}
 
+    def limits(self, line: Mapping[str, Any]) -> Iterator[Limit]:
+        """What the line says of the account's limits; nothing of one whose place in it is empty."""
+        at = lambda where: dig(line, where.split(".")) if isinstance(where, str) else where     # noqa: E731
+        for row in self.row.get("limits", ()):
+            window = at(row["window"]) if "." in row["window"] else row["window"]
+            used, part, resets = (at(row.get(key)) for key in ("used", "part", "resets"))
+            if used is None and isinstance(part, (int, float)):
+                used = part * 100
+            if window and (used is not None or resets is not None):
+                yield Limit(str(window), used, resets)
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -1248,6 +1333,7 @@ class Provider:
     errors: Tuple[Tuple[Mapping[str, Any], Optional[re.Pattern]], ...]
     resets: Tuple[re.Pattern, ...]
     timeouts: Mapping[str, float]
+    breaker: Mapping[str, float]
 
     @property
     def login(self) -> str:
@@ -1263,7 +1349,7 @@ def make_provider(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any]
     """A Provider from its checked row; ConfigError names a hole that nothing fills, or a strategy without rules."""
     env, base = row.get("env", {}), defaults.get("env", {})
     row = {**row, "env": {"pass": [*base.get("pass", []), *env.get("pass", [])], "set": {**base.get("set", {}), **env.get("set", {})}},
-           "slots": row.get("slots", defaults.get("slots", 8))}
+           "slots": row.get("slots", defaults.get("slots", 8)), "hedge_ms": row.get("hedge_ms", defaults.get("hedge_ms", 0))}
     derived = row.get("derive", {})
     strategies = []
     for i, s in enumerate(row["strategies"]):
@@ -1287,7 +1373,8 @@ def make_provider(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any]
         raise ConfigError(f"{path}.strategies: expected at least one strategy, found none")
     rules = [*row.get("errors", []), *defaults.get("errors", [])]
     return Provider(name, row, tuple(strategies), tuple((r, re.compile(r["match"], re.I) if "match" in r else None) for r in rules),
-                    tuple(re.compile(r, re.I) for r in defaults.get("reset", [])), {**defaults.get("timeouts", {}), **row.get("timeouts", {})})
+                    tuple(re.compile(r, re.I) for r in defaults.get("reset", [])), {**defaults.get("timeouts", {}), **row.get("timeouts", {})},
+                    {**BREAKER_DEFAULTS, **defaults.get("breaker", {}), **row.get("breaker", {})})
 
 
 def merged_providers(files: Sequence[str]) -> Dict[str, Any]:
@@ -1307,6 +1394,8 @@ def merged_providers(files: Sequence[str]) -> Dict[str, Any]:
         config = merged(config, patch)
         if isinstance(config, dict) and isinstance(config.get("providers"), dict):
             config["providers"] = {name: row for name, row in config["providers"].items() if row is not None}
+        if isinstance(config, dict) and isinstance(config.get("routes"), dict):
+            config["routes"] = {name: steps for name, steps in config["routes"].items() if steps is not None}
         check(config, PROVIDERS_SHAPE, path + ": $")
     check(config, PROVIDERS_SHAPE, "$")
     if config["version"] != 1:
@@ -1323,6 +1412,28 @@ def load_providers(config: Mapping[str, Any]) -> Dict[str, Provider]:
     return {name: make_provider(name, row, defaults, f"$.providers.{name}") for name, row in config["providers"].items()}
 
 
+def load_routes(config: Mapping[str, Any], flags: Sequence[str]) -> Dict[str, List[str]]:
+    """{model name or wildcard: its cascade} of the configuration and of --route NAME=STEP,STEP; the flags count first."""
+    routes = dict(config.get("routes", {}))
+    for flag in flags:
+        name, equals, steps = flag.partition("=")
+        if not name.strip() or not equals:
+            raise ConfigError(f"--route {flag}: expected NAME=STEP,STEP such as gpt-4o=claude/sonnet,gemini")
+        routes[name.strip()] = [step.strip() for step in steps.split(",")]
+    for name, steps in routes.items():
+        for step in steps or [""]:
+            if not known_model(config["providers"], step):
+                raise ConfigError(f"the route {name}: expected a provider, provider/model or a model that one of them lists, found {_show(step)}; "
+                                  f"the providers are {', '.join(config['providers'])}")
+    return routes
+
+
+def known_model(rows: Mapping[str, Any], name: str) -> bool:
+    """Does the name mean a provider, or a model of one, without any route?"""
+    return bool(name) and (name.partition("/")[0] in rows or any(name in known.get("names", []) or name in known.get("aliases", {}) or
+                                                 fnmatch.fnmatchcase(name, known.get("also", "")) for known in (row["models"] for row in rows.values())))
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the command line and the environment say about the server."""
@@ -1332,6 +1443,7 @@ class Settings:
     allow_hosts: Tuple[str, ...] = ()
     cors_origins: Tuple[str, ...] = ()
     strict: bool = False
+    go_on: bool = True                  # continue an answer that broke off
     keepalive: float = 10.0             # seconds of silence before a comment; clients give up after 60
     max_body: int = 32 << 20            # bytes; a few images in base64
     max_connections: int = 512
@@ -1344,7 +1456,7 @@ class Settings:
 
 
 class Scope:
-    """The limits of one turn. `limits` are seconds: start, first (event), idle (between events), total.
+    """The limits of one turn. `limits` are seconds: queue, start, first (event), idle (between events), total.
 
     The client's socket is watched in every wait, so a client that goes away is noticed before the first word too.
     Used by one thread; only wake() and cancel() may be called from another.
@@ -1357,12 +1469,12 @@ class Scope:
         os.set_blocking(self._waker, False)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._lock, self._cancelled = threading.Lock(), False
+        self._twins: List[Scope] = []
         if client is not None:
             self._selector.register(client, selectors.EVENT_READ)
         self._watched: Dict[int, int] = {}
         self._silent = False
-        self._end = time.monotonic() + limits.get("total", 3600)
-        self.enter("start")
+        self.begin(limits)
 
     def __enter__(self) -> Scope:
         return self
@@ -1374,6 +1486,17 @@ class Scope:
             os.close(self._waker)
             self._waker = -1
 
+    def begin(self, limits: Mapping[str, float], who: str = "") -> None:
+        """A new attempt, with limits of its own; `who` is to be named when it takes too long."""
+        self._limits, self._who = limits, who
+        self._end = time.monotonic() + limits.get("total", 3600)
+        self.enter("start")
+
+    def twin(self, stack: contextlib.ExitStack) -> Scope:
+        """Another scope for the same client, for an attempt in another thread; it is cancelled along with this one."""
+        self._twins.append(stack.enter_context(Scope(self._limits, self._client, self._keepalive)))
+        return self._twins[-1]
+
     def enter(self, stage: str) -> None:
         """From now on the time-out `stage` counts: queue, start, first or idle. Silence is counted anew as well."""
         now = time.monotonic()
@@ -1384,6 +1507,8 @@ class Scope:
         """Make the current or next wait raise Cancelled. For other threads."""
         self._cancelled = True
         self.wake()
+        for twin in self._twins:
+            twin.cancel()
 
     def wake(self) -> None:
         """Make the current or next wait return, with nothing ready. For other threads."""
@@ -1412,7 +1537,8 @@ class Scope:
                 raise Cancelled
             if now >= self._deadline:
                 stage = "total" if self._deadline == self._end else self._stage
-                raise TimedOut(f"no answer within the {stage} time-out of {self._limits.get(stage, 0):g} s", do=TimedOut.advice)
+                raise TimedOut(f"{self._who + ' gave ' if self._who else ''}no answer within the {stage} time-out of {self._limits.get(stage, 0):g} s",
+                               do=TimedOut.advice, code=f"{stage}_timeout")
             ready = set()
             for key, _ in self._selector.select(max(0.0, min(self._deadline, until, self._quiet) - now)):
                 if key.fileobj is self._client:
@@ -1462,28 +1588,42 @@ class Scope:
 
 
 class Slots:
-    """At most `limit` turns at a time, first come, first served. A waiter that leaves gives up its place at once."""
+    """At most `limit` turns at a time. Who waits is served by key in turn, each key's own in the order of asking, so that one
+    client with a hundred requests does not keep another one waiting. A waiter that leaves gives up its place at once."""
 
     def __init__(self, limit: int):
         self.limit, self.busy = limit, 0
-        self._lock, self._queue = threading.Lock(), deque()  # type: ignore[var-annotated]
+        self._lock = threading.Lock()
+        self._queues: Dict[str, deque] = {}         # key -> pipes to write to, the key whose turn is next first
+
+    @property
+    def free(self) -> bool:
+        return self.busy < self.limit
 
     def acquire(self, scope: Scope, name: str) -> None:
         """Take a slot, waiting in line for the scope's `queue` time; Busy when that is over."""
+        for _ in self.line(scope, name):
+            pass
+
+    def line(self, scope: Scope, name: str, key: str = "") -> Iterator[Waiting]:
+        """The same, with a Waiting for each keep-alive interval."""
         with self._lock:
-            if self.busy < self.limit:
+            if self.free:
                 self.busy += 1
                 return
-            here, there = os.pipe()
-            self._queue.append((here, there))
+            pipe = os.pipe()
+            self._queues.setdefault(key, deque()).append(pipe)
         try:
             scope.enter("queue")
-            while not scope.wait([here]):
-                pass
+            while not scope.wait([pipe[0]]):
+                if scope.silent():
+                    yield Waiting()
         except BaseException as e:
             with self._lock:
-                if (here, there) in self._queue:
-                    self._queue.remove((here, there))
+                if pipe in self._queues.get(key, ()):
+                    self._queues[key].remove(pipe)
+                    if not self._queues[key]:
+                        del self._queues[key]
                 else:                       # the slot was handed over in the moment we left
                     self._pass_on()
             if isinstance(e, TimedOut):
@@ -1492,8 +1632,8 @@ class Slots:
             raise
         finally:
             scope.forget()
-            os.close(here)
-            os.close(there)
+            os.close(pipe[0])
+            os.close(pipe[1])
 
     def release(self) -> None:
         """Give the slot to the next in line, or back."""
@@ -1501,10 +1641,14 @@ class Slots:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        if self._queue:
-            os.write(self._queue.popleft()[1], b"x")
-        else:
+        if not self._queues:
             self.busy -= 1
+            return
+        key = next(iter(self._queues))
+        waiting = self._queues.pop(key)
+        os.write(waiting.popleft()[1], b"x")
+        if waiting:
+            self._queues[key] = waiting         # behind all other keys
 
 
 # === Terminal text ===================================================================================================
@@ -2620,7 +2764,7 @@ def provider_error(provider: Provider, name: str, message: str, reset: Optional[
     error = cls(WHAT_HAPPENED[name].format(name=provider.name), words[:600].rstrip("."), cls.advice.format(login=provider.login), retry_after=retry_after,
                 param="model" if cls is ModelNotFound else "messages" if cls is ContextLengthExceeded else None)
     if cls is QuotaUsedUp:
-        error.should_retry = retry_after is not None and retry_after <= 120     # a retry sooner than the reset only burns a spawn
+        error.should_retry = retry_after is not None and retry_after <= RETRY_AT_MOST     # a retry sooner than the reset only burns a spawn
     return error
 
 
@@ -2694,6 +2838,7 @@ class RuleReader:
         if "reset" in paths:
             at = dig(line, paths["reset"])
             self._reset = max(0.0, float(at) - time.time()) if isinstance(at, (int, float)) else None
+        yield from rule.limits(line)
         if "hold" in paths:
             self._held += str(dig(line, paths["hold"]) or "")
         for key, cls in (("thinking", Thinking), ("text", Text)):
@@ -3109,6 +3254,7 @@ class Resident:
         self._callers: Dict[int, Mailbox] = {}
         self._boxes: Set[Mailbox] = set()
         self._route = tuple(strategy.row["route"].split(".")) if "route" in strategy.row else None
+        self._limits = [rule for rule in strategy.events if "limits" in rule.row]      # such lines come after the end of a turn, too
         self._scope: Optional[Scope] = None
         self.noise = ""                     # what it printed that is no JSON line
         self.failures: deque = deque()      # what a log file told of failing turns, not yet given to one
@@ -3180,6 +3326,8 @@ class Resident:
             if self.state == "starting" and raw.strip():        # a login prompt, say: it would wait for ever for an answer to it
                 self._broadcast(GONE)
             return
+        for limit in (limit for rule in self._limits if rule.fits(line) for limit in rule.limits(line)):
+            self.pool.limit(self.provider.name, limit)
         number = self.wire.answered(line)
         if number is not None:
             box = self._callers.pop(number, None)
@@ -3418,7 +3566,7 @@ class Talk(RuleReader):
         if line is GONE:
             raise ResidentGone
         if line is TOO_SLOW:
-            raise TimedOut("the client reads its answer too slowly", f"over {MAX_UNREAD >> 20} MiB were waiting for it", "read faster, or ask for less")
+            raise TooSlow("the client reads its answer too slowly", f"over {MAX_UNREAD >> 20} MiB were waiting for it", "read faster, or ask for less")
         return line
 
     def _take_result(self, number: Optional[int], line: Mapping[str, Any]) -> None:
@@ -3468,7 +3616,7 @@ class Talk(RuleReader):
         finished = False
         try:
             gate = self._resident.gate
-            gate.acquire(self._scope, self._provider.name)
+            yield from gate.line(self._scope, self._provider.name)
             try:
                 self._scope.enter("start")
                 if self._opening:
@@ -3692,10 +3840,11 @@ class Pool:
     """Lends conversations, keeps residents warm, replaces those that are worn or have died. For any thread.
 
     `launch(resident)` starts the process of one: it sets `place` and `child`, or raises. `variables(turn, strategy, seen)` makes
-    what Talk's templates need; `log` takes key=value fields."""
+    what Talk's templates need; `log` takes key=value fields, `limit(provider, limit)` what a CLI says of its account's limits."""
 
-    def __init__(self, spawner: Spawner, launch: Callable[[Resident], None], variables: Callable[..., Variables], log: Callable[..., None]):
-        self.spawner, self._launch, self._variables, self._log = spawner, launch, variables, log
+    def __init__(self, spawner: Spawner, launch: Callable[[Resident], None], variables: Callable[..., Variables], log: Callable[..., None],
+                 limit: Callable[[str, Limit], None]):
+        self.spawner, self._launch, self._variables, self._log, self.limit = spawner, launch, variables, log, limit
         self._lock = threading.Lock()
         self._groups: Dict[Tuple[str, str], Group] = {}
         self._live: Dict[str, Conversation] = {}        # oldest first
@@ -3711,8 +3860,9 @@ class Pool:
 
     # --- lending ---
 
-    def lend(self, turn: Turn, strategy: Strategy, key: str, spare_for: Optional[str], profile: Profile, scope: Scope) -> Conversation:
-        """A conversation that holds exactly what `key` names, or a new one. Waits for a resident that is coming up.
+    def lend(self, turn: Turn, strategy: Strategy, key: str, spare_for: Optional[str], profile: Profile, scope: Scope) -> Generator[Waiting, None, Conversation]:
+        """Returns a conversation that holds exactly what `key` names, or a new one. Waits for a resident that is coming up, with a
+        Waiting for each keep-alive interval.
 
         `spare_for` is None if a spare will not do. ResidentUnavailable if none is up and none can be started now."""
         while True:
@@ -3741,6 +3891,8 @@ class Pool:
             finally:
                 with self._lock:
                     self._waiting.discard(scope)
+            if scope.silent():
+                yield Waiting()
 
     def _pick(self, group: Group, key: str, spare_for: Optional[str], profile: Profile) -> Tuple[Optional[Conversation], bool]:
         """(conversation, False), or (None, whether to wait for one that is about to be free)."""
@@ -4015,6 +4167,243 @@ class Pool:
             residents[pid].memory_mb = kib >> 10
 
 
+# === State ===========================================================================================================
+# What outlives the process: JSON files in one private directory. A file is written under another name, synced and renamed, so
+# that a crash at any byte leaves the old one or the new one; one that is damaged is set aside, never deleted, never fatal.
+
+STATE_VERSION = 1
+BREAKERS_FILE = "breakers.json"
+
+
+class StateTooNew(Exception):
+    """A state file of a later format. Not to be written to."""
+
+
+def state_directory(chosen: str, environ: Mapping[str, str]) -> str:
+    """Where state is kept: the directory of --state, else cliproxy/ under XDG_STATE_HOME or ~/.local/state."""
+    return os.path.abspath(os.path.expanduser(chosen)) if chosen else os.path.join(
+        environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state"), "cliproxy")
+
+
+def write_state(path: str, value: Mapping[str, Any]) -> None:
+    """Replace a file by this JSON object, readable by its owner only (0600, in a directory of 0700). OSError if that cannot be."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, 0o700, exist_ok=True)
+    fd, new = tempfile.mkstemp(prefix=os.path.basename(path) + ".", dir=folder)     # 0600
+    try:
+        with open(fd, "w", encoding="utf-8") as f:
+            json.dump({"version": STATE_VERSION, **value}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, path)
+    except BaseException:
+        os.unlink(new)
+        raise
+    folder_fd = os.open(folder, os.O_RDONLY)    # the new name is on the disk only when its directory is
+    try:
+        os.fsync(folder_fd)
+    finally:
+        os.close(folder_fd)
+
+
+def read_state(path: str, shape: Mapping[str, Any], log: Callable[..., None]) -> Dict[str, Any]:
+    """The JSON object of this shape in a file of ours; {} if there is none, or none that can be used: a damaged one is set aside.
+
+    OSError, or StateTooNew for a file that a newer cliproxy has written, which is left alone."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+        check(value, {"version": int, "*": lambda *_: None}, "$")
+        if value["version"] > STATE_VERSION:
+            raise StateTooNew(f"{path} was written by a newer cliproxy (format {value['version']}; this one knows {STATE_VERSION})")
+        check(value, {"version": int, **shape}, "$")
+        return value
+    except FileNotFoundError:
+        return {}
+    except (ValueError, ConfigError) as e:
+        aside = f"{path}.damaged-{int(time.time())}"
+        os.replace(path, aside)
+        log(level="warning", event="state-damaged", file=path, why=str(e), kept_as=aside)
+        return {}
+
+
+# === Circuit breakers ================================================================================================
+# One for each model of each provider (Nygard, Release It!, 2nd ed., "Circuit Breaker"): a provider that has failed several times in
+# a row, or said that a limit is used up, is left alone for a while, so that a request goes to the next one, or fails, at once.
+#
+#     closed  -- failures in a row, or a limit -->  open  -- its time is over -->  half-open  -- the one probe is answered -->  closed
+#                                                    ^--------------- the probe fails: twice as long ------'
+
+
+class Breaker:
+    """The policy, on any clock: every method is told what time it is, in seconds. `settings`: after how many `failures` in a row it
+    opens (0: never), for how many `seconds` the first time (doubled each time), and the `longest`, whatever the CLI says."""
+
+    def __init__(self, settings: Mapping[str, float]):
+        self._settings = settings
+        self.failures = self.opened = 0     # in a row; how many times it has opened since an answer was whole
+        self.until: Optional[float] = None  # when it is half-open; None while it is closed
+        self.resets = 0.0                   # when it may be asked again by what the CLI said, which can be long after that
+        self.error = ("", "", "", "")       # class name, what, why and do of the last failure
+        self.probing = False
+
+    def state(self, now: float) -> str:
+        """closed, open or half-open."""
+        return "closed" if self.until is None else "open" if now < self.until else "half-open"
+
+    def admit(self, now: float) -> bool:
+        """May a request go through? When half-open one may: it is the probe."""
+        if self.until is None:
+            return True
+        if now < self.until or self.probing:
+            return False
+        self.probing = True
+        return True
+
+    def answered(self, probe: bool) -> None:
+        """The first word has come: others may follow the probe, but one more failure opens it again."""
+        if probe and self.until is not None:
+            self.until, self.probing, self.failures = None, False, max(0, int(self._settings["failures"]) - 1)
+
+    def succeeded(self) -> None:
+        """An answer was whole."""
+        if self.until is None:              # else it belongs to a request that is older than the trouble
+            self.failures = self.opened = 0
+
+    def released(self, probe: bool) -> None:
+        """A request is over. If it was the probe and has told nothing of the provider, the next one is."""
+        self.probing = self.probing and not probe
+
+    def failed(self, error: ProviderError, now: float, probe: bool) -> bool:
+        """Count a failure. True if that has opened it."""
+        self.released(probe)
+        if not self._settings["failures"]:
+            return False
+        self.failures += 1
+        self.error = (next((name for name, cls in ERROR_CLASSES.items() if type(error) is cls), ""), error.what, error.why, error.do)
+        if self.until is not None and not probe:        # one of many that were under way when it opened
+            return False
+        if not probe and error.opens is None and self.failures < self._settings["failures"]:
+            return False
+        wait = (error.opens or self._settings["seconds"]) * 2.0 ** min(self.opened, 30)
+        wait = min(wait, self._settings["longest"]) if error.retry_after is None else error.retry_after
+        self.opened += 1
+        self.until, self.resets = now + min(wait, self._settings["longest"]), now + wait
+        return True
+
+
+class Breakers:
+    """The breakers of all "provider/model"s that have failed of late, kept in a file while they are not closed. For any thread."""
+
+    SHAPE = {"breakers": {"*": {"until": float, "resets": float, "failures": int, "opened": int, "error": [str]}}}
+
+    def __init__(self, path: str = "", log: Callable[..., None] = lambda **kw: None, clock: Callable[[], float] = time.monotonic):
+        self._path, self._log, self._clock = path, log, clock
+        self._breakers: Dict[str, Breaker] = {}
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+
+    def load(self, settings: Callable[[str], Mapping[str, float]]) -> None:
+        """Take over what an earlier run has left; `settings(key)` are those of a provider. The file has the time of day, for the
+        next run has another clock; should somebody have turned that, no breaker stays open longer than its `longest`."""
+        try:
+            rows = read_state(self._path, self.SHAPE, self._log).get("breakers", {}) if self._path else {}
+        except (OSError, StateTooNew) as e:
+            self._log(level="warning", event="state-unusable", file=self._path, why=str(e))
+            self._path, rows = "", {}
+        shift = self._clock() - time.time()
+        for key, row in rows.items():
+            self._breakers[key] = breaker = Breaker(settings(key))
+            breaker.failures, breaker.opened, breaker.error = row["failures"], row["opened"], tuple(row["error"])
+            breaker.until = min(row["until"] + shift, self._clock() + settings(key)["longest"])
+            breaker.resets = row["resets"] + shift
+
+    def admit(self, key: str) -> bool:
+        """Is this request the probe of a half-open breaker? Raises what the provider said last if it must not be asked now."""
+        with self._lock:
+            breaker = self._breakers.get(key)
+            if breaker is None:
+                return False
+            if breaker.admit(self._clock()):
+                return breaker.probing
+            raise self._refusal(key, breaker, self._clock())
+
+    @staticmethod
+    def _refusal(key: str, breaker: Breaker, now: float) -> ProviderError:
+        """The limit or the missing login itself, as long as it is known, rather than a mere "paused"."""
+        name, what, why, do = breaker.error
+        cls, left = ERROR_CLASSES.get(name, ProviderError), max(1.0, breaker.resets - now)
+        if cls.status >= 500:
+            cls, why = Paused, f"{breaker.failures} requests in a row have failed, the last because {what}" + (f": {why}" if why else "")
+            what, do = f"{key} is not asked for another {left:.0f} s", f"wait, use another model, or POST /admin/breakers/{key}/reset"
+        error = cls(what, why, do, retry_after=None if cls is BillingRefused else left)
+        if cls.should_retry is not False:
+            error.should_retry = left <= RETRY_AT_MOST
+        return error
+
+    def answered(self, key: str, probe: bool) -> None:
+        self._change(key, lambda b: b.answered(probe))
+
+    def succeeded(self, key: str) -> None:
+        self._change(key, lambda b: b.succeeded())
+
+    def released(self, key: str, probe: bool) -> None:
+        self._change(key, lambda b: b.released(probe))
+
+    def failed(self, key: str, error: ProviderError, probe: bool, settings: Mapping[str, float]) -> None:
+        """Count a failure; if that opens the breaker and the CLI gave no time, the error says when it is asked again."""
+        with self._lock:
+            self._breakers.setdefault(key, Breaker(settings))
+        self._change(key, lambda b: b.failed(error, self._clock(), probe))
+        with self._lock:
+            breaker = self._breakers.get(key)
+            if breaker is not None and breaker.until is not None and error.retry_after is None and not isinstance(error, BillingRefused):
+                error.retry_after = max(1.0, breaker.resets - self._clock())
+
+    def reset(self, provider: str, model: str = "") -> List[str]:
+        """Close those of a model, or of all models of the provider; their keys."""
+        with self._lock:
+            keys = [key for key in self._breakers if key == f"{provider}/{model}" or (not model and key.partition("/")[0] == provider)]
+            for key in keys:
+                del self._breakers[key]
+        self._save()
+        return keys
+
+    def table(self) -> Dict[str, Dict[str, Any]]:
+        """{provider/model: state, failures in a row, seconds until it is asked again, the last failure's code, what and why}."""
+        now = self._clock()
+        with self._lock:
+            return {key: {"state": b.state(now), "failures": b.failures, "retry_after": round(max(0.0, b.resets - now), 1) if b.until is not None else None,
+                          "code": ERROR_CLASSES.get(b.error[0], ProviderError).code, "what": b.error[1], "why": b.error[2]} for key, b in self._breakers.items()}
+
+    def _change(self, key: str, change: Callable[[Breaker], Any]) -> None:
+        with self._lock:
+            breaker = self._breakers.get(key)
+            if breaker is None:
+                return
+            before = breaker.until
+            change(breaker)
+            after, left = breaker.until, breaker.resets - self._clock()
+            if after is None and not breaker.failures:
+                del self._breakers[key]
+        if after != before:
+            self._log(level="warning", event="breaker", key=key, state="closed" if after is None else "open", seconds=None if after is None else round(left, 1),
+                      failures=breaker.failures, code=ERROR_CLASSES.get(breaker.error[0], ProviderError).code if after is not None else None)
+            self._save()
+
+    def _save(self) -> None:
+        if not self._path:
+            return
+        with self._writing:                 # the last to write has seen the latest
+            shift = time.time() - self._clock()
+            with self._lock:
+                rows = {key: {"until": b.until + shift, "resets": b.resets + shift, "failures": b.failures, "opened": b.opened, "error": b.error}
+                        for key, b in self._breakers.items() if b.until is not None}
+            try:
+                write_state(self._path, {"breakers": rows})
+            except OSError as e:
+                self._log(level="warning", event="state-unwritable", file=self._path, why=e.strerror)
+
+
 # === Router ==========================================================================================================
 # One answer out of the strategies of a provider: which provider a model name means, a slot, a place, a child, its events,
 # the step down when a strategy is broken; and what the CLI does not do itself: stop sequences, max_tokens.
@@ -4075,84 +4464,425 @@ def limit_tokens(events: Iterator[Event], most: int) -> Iterator[Event]:
         yield event
 
 
-class Answer:
-    """An answer on its way: its events, and where they come from. The route is final once the first event is there.
+# Thai, Lao, Burmese, Khmer, kana and Han: a word may begin at any of these, because they are written without spaces (Hangul is
+# written with them). The other word characters are letters here.
+_SPACELESS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+_WORD_CHARACTER = re.compile(r"\w")
+_LETTER = re.compile(rf"[^\W{_SPACELESS}]")
+# A word begins after white space, whatever it is made of (`- item`, `**bold`), and inside of `f(x`, `f("x`, where the mark before it
+# may be taken along. It does not begin inside of 1.5, 3,000 and don't: what goes on after "1,000," with "000" repeats nothing.
+_WORD_START = re.compile(rf"(?<!\S)\S|[{_SPACELESS}]|"
+                         rf"(?<!{_LETTER.pattern})(?<!\d[.,])(?:(?<!\w['’]){_LETTER.pattern}|[^\w\s](?={_LETTER.pattern}))")
+# A lost space shows between two letters. It is not put back where it may never have been, and would break a number, an identifier,
+# or (after punctuation, as in 1.5, a.com, f(x), {"a":1}) anything; "Yes,and" can still be read.
+_LOST_SPACE = re.compile(rf"(?!\d\d)[^\W_{_SPACELESS}]{{2}}")
 
-    params: {parameter: "native" | "emulated" | "ignored"} for each that the client gave.
+
+def cuts_words(pieces: Sequence[str]) -> bool:
+    """Whether a stream came cut inside its words: most of its pieces that end in a word character are followed by another one."""
+    pieces = [p for p in pieces if p]
+    inside = [bool(re.match(r"\w", b)) for a, b in zip(pieces, pieces[1:]) if re.search(r"\w\Z", a)]
+    return 2 * sum(inside) > len(inside)
+
+
+class Overlap:
+    """Finds the end of `said` that a text repeats, while that text still arrives: for "a b c" and "b c d" this is "b c".
+
+    It is the search of Knuth, Morris and Pratt with a pattern that grows: the text moves over `said` from left to right, so the
+    longest overlap is met first, and the cost is linear in both. A run of white space counts as one space.
     """
 
-    def __init__(self, turn: Turn, scope: Scope):
-        self.turn, self.scope = turn, scope
+    def __init__(self, said: str, cuts_words: bool):
+        self.said, self.cuts_words = " ".join(said.split()), cuts_words
+        self.in_word, self.whole = bool(_LETTER.match(self.said[-1:])), said[-1:].isspace()     # `said` ends in a letter; white space followed
+        self.text: List[str] = []
+        self.shorter: List[int] = []        # shorter[n - 1]: the most of text[:n], but not all, that is both its beginning and its end
+        self.at = self.same = 0             # said[at - same:at] == text[:same]
+
+    def add(self, piece: Iterable[str]) -> Optional[str]:
+        """The overlap, "" when there is none, or None while more text may change that. The text ends with [""]."""
+        for c in piece:
+            if c.isspace():
+                c = " "
+                if not self.text or self.text[-1] == " ":
+                    continue
+            same = self.shorter[-1] if self.text else 0
+            while same and self.text[same] != c:
+                same = self.shorter[same - 1]
+            self.shorter.append(same + 1 if self.text and self.text[same] == c else 0)
+            self.text.append(c)
+            if not self._open():
+                return self.said[len(self.said) - self.same:]
+        return None
+
+    def _open(self) -> bool:
+        """Move the text to where it may fit. False if this is decided: `same` is the length of the overlap."""
+        while self.at < len(self.said) or self.same:
+            if self.at == len(self.said):
+                fits = self._fits()
+                if fits is not False:
+                    return fits is None
+            elif self.same == len(self.text):
+                if _WORD_START.match(self.said, self.at - self.same):
+                    return True
+            elif self.said[self.at] == self.text[self.same]:
+                self.at, self.same = self.at + 1, self.same + 1
+                continue
+            elif not self.same:
+                at = self.said.find(self.text[0], self.at + 1)
+                self.at = at if at >= 0 else len(self.said)
+                continue
+            self.same = self.shorter[self.same - 1]
+        return False
+
+    def _fits(self) -> Optional[bool]:
+        """Whether the last `same` characters of `said` are an overlap; None if the next character of the text tells."""
+        start = len(self.said) - self.same
+        # Punctuation proves nothing: `}` after `}` closes one object more. Neither does one Han character: many are doubled.
+        if not _WORD_START.match(self.said, start) or not _WORD_CHARACTER.search(self.said, start) or self.same == 1 and not self.in_word:
+            return False
+        if not self.in_word:
+            return True
+        if self.same == len(self.text):
+            return None
+        # Does the last word go on, "wor" as "word"? Not if it was whole; and "apple" for the "a" of "have a" is rather a new word.
+        return not _LETTER.match(self.text[self.same]) or not self.whole and (self.cuts_words or self.same > 1)
+
+
+def after_seam(events: Iterator[Event], said: str, cuts_words: bool) -> Iterator[Event]:
+    """The events of an answer that goes on after `said`, without Thinking and without what repeats the end of `said`.
+
+    Text is held back only while it may yet be a repetition. If `events` raises, what is held is lost: the client never had it.
+    """
+    overlap, held, repeated, passed = Overlap(said, cuts_words), "", None, not said
+    space = said[len(said.rstrip()):]
+    for event in events:
+        if isinstance(event, Thinking):
+            continue
+        if not passed and isinstance(event, (Text, Done)):
+            ended = isinstance(event, Done)
+            held += "" if ended else event.text
+            if repeated is None:
+                repeated = overlap.add([""] if ended else event.text)
+            rest = _beyond(held, repeated) if repeated is not None else ""
+            if ended or not space.startswith(rest):     # else more of the same white space may come
+                passed = True
+                rest = rest[len(os.path.commonprefix([space, rest])):]
+                if rest:
+                    lost = not repeated and not cuts_words and _LOST_SPACE.match(said[-1] + rest[0])
+                    yield Text(" " + rest if lost else rest)
+            if not ended:
+                continue
+        yield event
+
+
+def _beyond(text: str, overlap: str) -> str:
+    """What of the text comes after the overlap, whose white space is single spaces: _beyond(" a\\n b c", "a b") is " c"."""
+    return text.split(None, overlap.count(" "))[-1][len(overlap.rpartition(" ")[2]):] if overlap else text
+
+
+class _closing:
+    """contextlib.closing for a generator, which says what it is for: closing the events is what cancels a turn."""
+
+    def __init__(self, events: Iterator[Event]):
+        self._events = events
+
+    def __enter__(self) -> Iterator[Event]:
+        return self._events
+
+    def __exit__(self, *exc: Any) -> None:
+        close = getattr(self._events, "close", None)
+        if close:
+            close()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One place of a cascade: a model at a provider; `model` is the CLI's name for it, "" for its own default."""
+    provider: Provider
+    model: str
+
+    @property
+    def key(self) -> str:
+        """What its breaker, the headers and the log call it."""
+        return f"{self.provider.name}/{self.model or 'default'}"
+
+
+class Attempt:
+    """One provider's try at an answer: how it is asked, and what has come of it.
+
+    params: {parameter: "native" | "emulated" | "ignored"} for each that the client gave."""
+
+    def __init__(self, step: Step, request: Request, scope: Scope):
+        self.step, self.turn, self.scope = step, Turn(step.provider, step.model, request), scope
         self.strategy: Optional[Strategy] = None
         self.session = ""                                   # a resident's conversation: live, spare or new
         self.params: Dict[str, str] = {}
-        self.usage, self.estimated, self.finish = Usage(), False, ""
-        self.queued = self.spawned = self.first = 0.0       # seconds since `began`
+        self.usage, self.finish, self.over = Usage(), "", False
         self.began = time.monotonic()
-        self.events: Iterator[Event] = iter(())
-        self._answer_chars: List[str] = []
+        self.queued = self.spawned = self.first = 0.0       # seconds since then
 
     def since(self) -> float:
         return time.monotonic() - self.began
 
-    def counted(self, events: Iterator[Event]) -> Iterator[Event]:
-        """The same events, their usage added up, `length` told from `stop` by the token count where the CLI does not tell them apart."""
+    def counted(self, events: Iterator[Event], limit: Callable[[Limit], None]) -> Iterator[Event]:
+        """The same events without those that only count: usage added up, limits handed on; `length` told from `stop` by the token
+        count where the CLI does not tell them apart."""
         most = self.turn.request.params.get("max_tokens")
         for event in events:
             if isinstance(event, Usage):
                 self.usage = self.usage.merged(event)
                 continue
+            if isinstance(event, Limit):
+                limit(event)
+                continue
             if isinstance(event, (Text, Thinking)):
                 self.first = self.first or self.since()
-                self._answer_chars.append(event.text)
             if isinstance(event, Done):
                 if event.reason == "stop" and self.params.get("max_tokens") == "native" and most and (self.usage.output or 0) >= most:
                     event = Done("length")
                 self.finish = event.reason
-                self._estimate()
-                yield event
-                return
             yield event
 
+
+class Answer:
+    """An answer on its way: its events, and the attempts at it. Who answers is final once the first word is there, unless it breaks off.
+
+    `attempt` is the one that counts; `tried` are the steps that have been asked, or passed over, with "ok" or the code of the error;
+    `seams` the places, in characters, at which another attempt went on."""
+
+    def __init__(self, request: Request, steps: Sequence[Step], scope: Scope):
+        self.request, self.steps, self.scope, self.began = request, steps, scope, time.monotonic()
+        self.attempt, self.attempts = Attempt(steps[0], request, scope), 0
+        self.tried: List[Tuple[str, str]] = []
+        self.errors: List[ProxyError] = []
+        self.seams: List[int] = []
+        self.said: List[str] = []                               # the pieces of text that the client has
+        self.thought = self.estimated = False
+        self.failed_at = self.failover = 0.0                    # when the last failure was seen; seconds from there to the next word
+        self.events: Iterator[Event] = iter(())
+
+    @property
+    def progress(self) -> Tuple[int, bool]:
+        """How much of the answer the client has; falsy in both parts: nothing."""
+        return len(self.said), self.thought
+
+    @property
+    def usage(self) -> Usage:
+        return self.attempt.usage
+
+    @property
+    def finish(self) -> str:
+        return self.attempt.finish
+
+    @property
+    def route(self) -> str:
+        """claude/sonnet=overloaded, gemini/gemini-2.5-pro=ok"""
+        now = [(self.attempt.step.key, "ok")] if self.attempts and not self.attempt.over else []
+        return ", ".join(f"{key}={outcome}" for key, outcome in [*self.tried, *now])
+
+    def watched(self, events: Iterator[Event]) -> Iterator[Event]:
+        """The same events, noted down as the client gets them."""
+        with _closing(events):
+            for event in events:
+                if self.failed_at and not isinstance(event, Waiting):
+                    self.failover, self.failed_at = time.monotonic() - self.failed_at, 0.0
+                if isinstance(event, Text):
+                    self.said.append(event.text)
+                elif isinstance(event, Thinking):
+                    self.thought = True
+                elif isinstance(event, Done):
+                    self._estimate()
+                yield event
+
     def _estimate(self) -> None:
-        """Fill in what the CLI did not count, and remember that it is an estimate."""
-        if self.usage.input is None or self.usage.output is None:
+        """Fill in what the CLI did not count, and remember that it is an estimate; so are the words of an attempt that broke off."""
+        usage, said = self.attempt.usage, "".join(self.said)
+        if self.seams:
+            rest = estimate_tokens(said[self.seams[-1]:]) if usage.output is None else usage.output
+            usage = replace(usage, output=estimate_tokens(said[:self.seams[-1]]) + rest)
+        if usage.input is None or usage.output is None or self.seams:
             self.estimated = True
-            asked = "".join(p.text for m in self.turn.request.messages for p in m.parts if isinstance(p, (TextPart, ResultPart)))
-            self.usage = Usage(estimate_tokens(asked), estimate_tokens("".join(self._answer_chars))).merged(self.usage)
+            asked = "".join(p.text for m in self.request.messages for p in m.parts if isinstance(p, (TextPart, ResultPart)))
+            usage = Usage(estimate_tokens(asked), estimate_tokens(said)).merged(usage)
+        self.attempt.usage = usage
 
 
+class Ledger:
+    """What was asked of whom since the start, and what the CLIs have said of their limits. For any thread."""
+
+    def __init__(self) -> None:
+        self.since, self._lock = int(time.time()), threading.Lock()
+        self._steps: Dict[str, Dict[str, Any]] = {}
+        self._keys: Dict[str, Dict[str, int]] = {}
+        self._limits: Dict[str, Dict[str, Limit]] = {}      # provider -> window -> the latest
+
+    def attempt(self, key: str, usage: Usage, outcome: str) -> None:
+        """One provider/model was asked once; outcome: ok, cancelled or an error's code."""
+        with self._lock:
+            row = self._steps.setdefault(key, {"requests": 0, "outcomes": {}})
+            row["outcomes"][outcome] = row["outcomes"].get(outcome, 0) + 1
+            self._add(row, usage)
+
+    def answered(self, key_id: str, usage: Usage) -> None:
+        """A client has got an answer. `key_id` is the name of its key, "" if the proxy has none."""
+        with self._lock:
+            self._add(self._keys.setdefault(key_id or "none", {"requests": 0}), usage)
+
+    @staticmethod
+    def _add(row: Dict[str, Any], usage: Usage) -> None:
+        row["requests"] += 1
+        for name, count in (("input_tokens", usage.input), ("cached_tokens", usage.cached), ("output_tokens", usage.output), ("reasoning_tokens", usage.reasoning)):
+            row[name] = row.get(name, 0) + (count or 0)
+
+    def limit(self, provider: str, limit: Limit) -> None:
+        with self._lock:
+            self._limits.setdefault(provider, {})[limit.window] = limit
+
+    def limits(self, provider: str) -> List[Limit]:
+        """What is known and still holds: a window that has begun anew since tells nothing."""
+        with self._lock:
+            return [limit for limit in self._limits.get(provider, {}).values() if limit.resets is None or limit.resets > time.time()]
+
+    def resets_in(self, provider: str) -> Optional[float]:
+        """Seconds until the last of the windows that are used up begins anew; None if none is known to be."""
+        spent = [limit.resets - time.time() for limit in self.limits(provider) if limit.resets is not None and (limit.used or 0) >= 100]
+        return max(spent, default=None)
+
+    def table(self) -> Dict[str, Any]:
+        """{since, providers: {name: {models: {...}, limits: [...]}}, keys: {...}}, counts of requests and of tokens."""
+        with self._lock:
+            steps, keys, names = json.loads(json.dumps(self._steps)), dict(self._keys), list(self._limits)
+        providers: Dict[str, Any] = {}
+        for key, row in steps.items():
+            name, _, model = key.partition("/")
+            providers.setdefault(name, {"models": {}, "limits": []})["models"][model] = row
+        for name in names:
+            rows = [{"window": limit.window, "used_percent": limit.used, "resets_at": limit.resets} for limit in self.limits(name)]
+            providers.setdefault(name, {"models": {}, "limits": []})["limits"] = rows
+        return {"object": "usage", "since": self.since, "providers": providers, "keys": keys}
+
+
+class Puller:
+    """Pulls events in a thread of its own, into a queue that several may share: (tag, event), (tag, None) at the end, (tag, error)."""
+
+    def __init__(self, tag: Any, events: Iterator[Event], scope: Scope, arrived: queue.Queue):
+        self._tag, self._events, self._scope, self._arrived = tag, events, scope, arrived
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._pull, name="pull", daemon=True)
+        self._thread.start()
+
+    def _put(self, item: Any) -> None:
+        while not self._over.is_set():
+            try:
+                return self._arrived.put((self._tag, item), timeout=0.2)    # the queue is small: a slow client has to slow the CLI down
+            except queue.Full:
+                continue
+
+    def _pull(self) -> None:
+        try:
+            with _closing(self._events):
+                for event in self._events:
+                    self._put(event)
+                    if self._over.is_set():
+                        return
+            self._put(None)
+        except BaseException as e:          # carried to the thread that answers the client, and raised there
+            self._put(e)
+
+    def cancel(self) -> None:
+        """Nothing more of it is wanted."""
+        self._over.set()
+        self._scope.cancel()
+
+    def stop(self) -> None:
+        """Cancel it, and wait until what it pulls is closed."""
+        self.cancel()
+        self._thread.join()
+
+
+# Which error helps most if all have failed: one that passes by itself, one that the client can mend, one that the person can.
+USEFUL = (RateLimited, QuotaUsedUp, Busy, ContextLengthExceeded, Overloaded, Paused, BillingRefused, NotLoggedIn, AuthenticationFailed, PermissionDenied,
+          TimedOut, UpstreamFailed, Unreachable, Crashed, ProviderError)
+MAX_SEAMS = 2               # how often an answer that broke off is continued
+CONTINUE = "Continue exactly where you stopped: begin with the very next characters, repeat nothing, add no preface."
 RESIDENT_BROKEN = 600.0     # seconds until a resident strategy that broke is tried again
 WIRE_NAMES = {"stop_sequences": "stop", "reasoning_effort": "effort", "max_output_tokens": "max_tokens", "max_completion_tokens": "max_tokens"}
 INERT = {"n", "stream", "parallel_tool_calls"}      # given, obeyed by the dialect or without any effect here
 
 
 class Router:
-    """Finds the provider of a model name and gets the answer from it. All methods may be called from any thread."""
+    """Finds the providers of a model name and gets the answer from one of them. All methods may be called from any thread."""
 
     def __init__(self, providers: Mapping[str, Provider], spawner: Spawner, own_ports: Sequence[int] = (), log: Callable[..., None] = lambda **kw: None,
-                 strict: bool = False, one_shot: bool = False):
+                 strict: bool = False, one_shot: bool = False, routes: Optional[Mapping[str, Sequence[str]]] = None, breakers: Optional[Breakers] = None, go_on: bool = True):
         self.providers, self.spawner, self.own_ports, self._log, self._strict = providers, spawner, own_ports, log, strict
-        self.hop, self._one_shot = uuid.uuid4().hex, one_shot
+        self.hop, self._one_shot, self._routes, self._go_on = uuid.uuid4().hex, one_shot, routes or {}, go_on
+        self.breakers, self.ledger = breakers or Breakers(log=log), Ledger()
+        self.breakers.load(self.breaker_settings)
         self._slots = {(name, s.driver): Slots(s.row.get("slots", p.row["slots"])) for name, p in providers.items() for s in p.strategies}
-        self.pool = Pool(spawner, self._launch_resident, lambda turn, strategy, seen: Variables(turn, strategy, "", self._around(turn.provider), seen), log)
+        self.pool = Pool(spawner, self._launch_resident, lambda turn, strategy, seen: Variables(turn, strategy, "", self._around(turn.provider), seen), log, self.ledger.limit)
         self._lock = threading.Lock()
         self._broken: Dict[Tuple[str, str], Tuple[str, float]] = {}     # (provider, driver) -> the binary it broke with, until when
         self.logged_in: Dict[str, Optional[bool]] = {}      # what the last look at each provider found
         self._refused: Set[Tuple[str, str, str]] = set()    # (provider, model, parameter) that its service would not take
         self._prepared: Dict[Tuple[str, str], Any] = {}     # (provider, binary) -> {"prepared:NAME": path}
 
-    # --- which provider ---
+    def breaker_settings(self, key: str) -> Mapping[str, float]:
+        """Those of the provider of a provider/model, which may be one of an earlier configuration."""
+        provider = self.providers.get(key.partition("/")[0])
+        return provider.breaker if provider else BREAKER_DEFAULTS
+
+    # --- which providers ---
 
     def installed(self) -> List[Provider]:
         return [p for p in self.providers.values() if p.binary(os.environ)]
 
-    def models(self) -> List[Tuple[str, Provider]]:
-        """(model name, provider) of all that can be served now: no process is started for it."""
-        return [(name, p) for p in self.installed() for name in [p.name, *(m for m in p.row["models"].get("names", []) if m != p.name)]]
+    def models(self) -> List[Tuple[str, str]]:
+        """(model name, owner) of all that can be served now: no process is started for it. Routes and aliases among them, those
+        that somebody who is installed, and not known to be logged out, can serve."""
+        rows = [(name, p.name) for p in self.installed() for name in [p.name, *p.row["models"].get("names", []), *p.row["models"].get("aliases", {})]]
+        usable = {p.name for p in self.installed() if self.logged_in.get(p.name) is not False}
+        rows += [(name, "cliproxy") for name in self._routes if "*" not in name and any(provider.name in usable for provider, _ in self._found(self._routes[name])[0])]
+        return list({name: (name, owner) for name, owner in reversed(rows)}.values())[::-1]
+
+    def cascade(self, model: str) -> List[Step]:
+        """The steps of a model name, those that are known to be logged out last. ModelNotFound if nobody here can serve it.
+
+        A name is looked for among the routes, the providers' own names and models, the wildcards of routes (the longest that
+        fits), the wildcards of providers; "*" is the route of all others."""
+        found, missing = self._found(self._route(model) or [model])
+        if missing and not found:
+            raise missing
+        steps = [Step(provider, name or self._default_model(provider)) for provider, name in found]
+        return sorted({step.key: step for step in steps}.values(), key=lambda step: self.logged_in.get(step.provider.name) is False)
+
+    def _found(self, names: Sequence[str]) -> Tuple[List[Tuple[Provider, str]], Optional[ModelNotFound]]:
+        """(what resolve() makes of those names whose provider is installed, why the first that is not is missing)."""
+        found, missing = [], None       # type: Tuple[List[Tuple[Provider, str]], Optional[ModelNotFound]]
+        for name in names:
+            try:
+                found.append(self.resolve(name))
+            except ModelNotFound as e:
+                missing = missing or e
+        return found, missing
+
+    def _route(self, model: str) -> Optional[Sequence[str]]:
+        if model in self._routes:
+            return self._routes[model]
+        rows = [p.row for p in self.providers.values()]
+        if model.partition("/")[0] in self.providers or any(model in row["models"].get(key, ()) for row in rows for key in ("names", "aliases")):
+            return None
+        fitting = [name for name in self._routes if name != "*" and fnmatch.fnmatchcase(model, name)]
+        if fitting:
+            return self._routes[max(fitting, key=len)]
+        if any(fnmatch.fnmatchcase(model, row["models"].get("also", "")) for row in rows):
+            return None
+        return self._routes.get("*")
 
     def resolve(self, model: str) -> Tuple[Provider, str]:
-        """(provider, the CLI's name for the model): a provider's name, provider/model, a listed name, an alias, or a wildcard."""
+        """(provider, the CLI's name for the model) of a name that is no route: a provider's name, provider/model, a listed name, an
+        alias, or a wildcard."""
         if model in self.providers:
             return self._ready(self.providers[model]), ""
         prefix, slash, rest = model.partition("/")
@@ -4180,37 +4910,181 @@ class Router:
                                 f"install it: {provider.row.get('install', '')}; then {provider.login}", param="model")
         return provider
 
-    # --- one answer ---
-
-    def answer(self, request: Request, scope: Scope) -> Answer:
-        """An Answer whose events are pulled by the caller; closing them ends the child. Raises ProxyError at once for what is wrong
-        with the request itself."""
-        provider, model = self.resolve(request.model)
-        answer = Answer(Turn(provider, model or self._default_model(provider), request), scope)
-        answer.events = self._down_the_strategies(answer)
-        return answer
-
     def _default_model(self, provider: Provider) -> str:
         template = provider.row["models"]["default"]
         value = fill(template, lambda name, arg: self._outside(provider).get(f"{name}:{arg}", MISSING)) if template else ""
         return "" if value is MISSING else value
 
-    def _down_the_strategies(self, answer: Answer) -> Iterator[Event]:
+    # --- one answer ---
+
+    def answer(self, request: Request, scope: Scope) -> Answer:
+        """An Answer whose events are pulled by the caller; closing them ends the child. Raises ProxyError at once if nobody serves
+        the model."""
+        answer = Answer(request, self.cascade(request.model), scope)
+        answer.events = answer.watched(self._down_the_cascade(answer))
+        return answer
+
+    def _down_the_cascade(self, answer: Answer) -> Iterator[Event]:
+        """Failover: until the first word the next step is asked at once when one fails. Continuation: after it another attempt is
+        given the conversation and what was said of the answer, and goes on from there."""
+        left, broke = deque(answer.steps), None     # type: Tuple[deque, Optional[ProxyError]]
+        while left:
+            step, before = self._next(left), answer.progress
+            try:
+                yield from self._try(answer, step, left)
+                return self.ledger.answered(answer.request.key_id, answer.usage)
+            except ProxyError as e:
+                if answer.progress != before:       # it broke off; one that has come to nothing leaves the text as it was
+                    broke = e
+                    if not self._may_go_on(answer, e):
+                        raise
+                    if e.same_provider:
+                        left.appendleft(step)
+                elif not broke and not e.next_provider:
+                    raise
+        raise broke or self._most_useful(answer)
+
+    def _next(self, left: deque) -> Step:
+        """The first step with a free slot, taken out; if none has one, the first."""
+        step = next((s for s in left if self._slots[s.provider.name, self._strategies(s.provider)[0].driver].free), left[0])
+        left.remove(step)
+        return step
+
+    def _may_go_on(self, answer: Answer, error: ProxyError) -> bool:
+        """Can another attempt go on with an answer that broke off? Not if it is to be JSON: no second beginning could be joined to it."""
+        return self._go_on and error.next_provider and len(answer.seams) < MAX_SEAMS and "response_format" not in answer.request.params
+
+    @staticmethod
+    def _continued(answer: Answer) -> Request:
+        """What the next attempt is asked: the request itself, or, once words of an answer are out, to go on after them."""
+        request, said = answer.request, "".join(answer.said)
+        if not said:
+            return request
+        most = request.params.get("max_tokens")
+        params = {**request.params, "max_tokens": max(1, most - estimate_tokens(said))} if most else request.params
+        return replace(request, params=params, messages=(*request.messages, Message("assistant", (TextPart(said),)), Message("user", (TextPart(CONTINUE),))))
+
+    def _try(self, answer: Answer, step: Step, left: deque) -> Iterator[Event]:
+        """One step of the cascade, or, if it is slow and has a hedge, it and the next one."""
+        attempt, hedge = Attempt(step, self._continued(answer), answer.scope), step.provider.row["hedge_ms"] / 1000
+        if hedge and left and not any(answer.progress):
+            yield from self._hedged(answer, attempt, left, hedge)
+            return
+        events = self._attempt(answer, attempt, bool(left))
+        yield from after_seam(events, "".join(answer.said), cuts_words(answer.said)) if any(answer.progress) else events
+
+    def _attempt(self, answer: Answer, attempt: Attempt, others: bool) -> Iterator[Event]:
+        """What one provider answers, its circuit breaker before it. `others`: there is somebody else to go to."""
+        key, provider, outcome, spoke = attempt.step.key, attempt.step.provider, "cancelled", False
+        try:
+            probe = self.breakers.admit(key)
+        except ProviderError as e:
+            answer.tried.append((key, "open"))
+            answer.errors.append(e)
+            raise
+        answer.attempt, answer.attempts = attempt, answer.attempts + 1
+        attempt.scope.begin(self._limits(answer, provider, others), provider.name)
+        try:
+            with contextlib.closing(self._down_the_strategies(attempt)) as events:
+                for event in events:
+                    if not spoke and isinstance(event, (Text, Thinking)):
+                        spoke = True
+                        self.breakers.answered(key, probe)
+                        probe = False
+                        answer.seams += [sum(map(len, answer.said))] if answer.said else []
+                    if isinstance(event, Done):
+                        outcome = "ok"
+                        self.breakers.succeeded(key)
+                    yield event
+        except ProxyError as e:
+            outcome, answer.failed_at = e.code, time.monotonic()
+            answer.errors.append(e)
+            if isinstance(e, ProviderError) and e.counts:
+                e.retry_after = self.ledger.resets_in(provider.name) if e.opens and e.retry_after is None else e.retry_after
+                self.breakers.failed(key, e, probe, provider.breaker)
+            if others or answer.said:
+                self._log(level="warning", event="broke-off" if spoke else "failed", provider=key, error=e.code, ms=round(attempt.since() * 1000))
+            raise
+        finally:
+            self.breakers.released(key, probe)
+            answer.tried.append((key, outcome))
+            attempt.over = True
+            self.ledger.attempt(key, attempt.usage, outcome)
+
+    @staticmethod
+    def _limits(answer: Answer, provider: Provider, others: bool) -> Dict[str, float]:
+        """The time-outs of one attempt: all share the time in the queue, and while there is somebody else to go to, less is waited
+        for the first event."""
+        limits = dict(provider.timeouts)
+        limits["queue"] = max(0.0, limits.get("queue", 60.0) + answer.began - time.monotonic())
+        if others and "failover" in limits:
+            limits["first"] = min(limits.get("first", limits["failover"]), limits["failover"])
+        return limits
+
+    def _hedged(self, answer: Answer, first: Attempt, left: deque, seconds: float) -> Iterator[Event]:
+        """If the first attempt has no word after so many seconds, the next step is asked as well; who speaks first is the answer,
+        the other one is cancelled."""
+        arrived: queue.Queue = queue.Queue(maxsize=8)
+        pullers: Dict[Attempt, Puller] = {}
+        winner, waiting, due = None, set(), time.monotonic() + seconds       # type: Tuple[Optional[Attempt], Set[Attempt], Optional[float]]
+
+        def start(attempt: Attempt) -> None:
+            waiting.add(attempt)
+            pullers[attempt] = Puller(attempt, self._attempt(answer, attempt, bool(left)), attempt.scope, arrived)
+
+        with contextlib.ExitStack() as scopes:
+            scopes.callback(lambda: [puller.stop() for puller in pullers.values()])
+            start(first)
+            while True:
+                try:
+                    attempt, item = arrived.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+                except queue.Empty:
+                    due = None
+                    start(Attempt(self._next(left), answer.request, first.scope.twin(scopes)))
+                    continue
+                if isinstance(item, BaseException):
+                    waiting.discard(attempt)
+                    if attempt is winner or (winner is None and not (waiting and getattr(item, "next_provider", False))):
+                        raise item
+                elif winner is None and isinstance(item, (Text, Thinking, Done)):
+                    winner = answer.attempt = attempt
+                    due = None
+                    for other in pullers.keys() - {winner}:
+                        pullers[other].cancel()
+                if attempt is winner and item is None:
+                    return
+                if attempt is winner or isinstance(item, Waiting):
+                    yield item
+
+    @staticmethod
+    def _most_useful(answer: Answer) -> ProxyError:
+        """The error for all: of those that came, the one that the client can do most about, with the soonest time to come back."""
+        errors = answer.errors
+        best = min(errors, key=lambda e: (next((i for i, cls in enumerate(USEFUL) if isinstance(e, cls)), len(USEFUL)), e.retry_after is None, e.retry_after))
+        if len(errors) == 1:
+            return best
+        what = f"none of the {len(answer.steps)} providers of `{answer.request.model}` could answer" if len(answer.steps) > 1 else best.what
+        error = type(best)(what, "; ".join(dict.fromkeys(e.what + (f": {e.why}" if e.why else "") for e in errors)), best.do, param=best.param, code=best.code,
+                           retry_after=min((e.retry_after for e in errors if e.retry_after is not None), default=None))
+        error.should_retry = best.should_retry if error.retry_after is None else error.retry_after <= RETRY_AT_MOST
+        return error
+
+    def _down_the_strategies(self, attempt: Attempt) -> Iterator[Event]:
         """The best strategy that works; before the first event the next one, or the same one without a parameter that was refused."""
-        turn, binary = answer.turn, answer.turn.provider.binary(os.environ) or ""
+        turn, binary = attempt.turn, attempt.turn.provider.binary(os.environ) or ""
         name, identity = turn.provider.name, self._identity(binary)
         ways, failure = deque(self._fitting(turn, identity)), None      # type: Tuple[deque, Optional[FormatChanged]]
         while ways:
             strategy, committed = ways.popleft(), False
-            answer.strategy, answer.params = strategy, self._params(turn, strategy)
+            attempt.strategy, attempt.params = strategy, self._params(turn, strategy)
             try:
-                for event in self._in_a_slot(answer, strategy, binary):
+                for event in self._in_a_slot(attempt, strategy, binary):
                     committed = committed or not isinstance(event, Waiting)
                     yield event
                 return
             except ParameterRefused as e:
                 parameter = WIRE_NAMES.get(e.parameter, e.parameter)
-                if committed or answer.params.get(parameter) != "native":
+                if committed or attempt.params.get(parameter) != "native":
                     raise
                 self._refused.add((name, turn.model, parameter))
                 self._log(level="warning", event="parameter-refused", provider=name, model=turn.model, parameter=parameter, why=e.message)
@@ -4237,7 +5111,7 @@ class Router:
         has_images = any(isinstance(p, ImagePart) for m in turn.request.messages for p in m.parts)
         fitting = [s for s in self._strategies(turn.provider) if s.images or not has_images]
         if not fitting:
-            raise BadRequest(f"{turn.provider.name} cannot take images", "its CLI has no way in for them here", "send text only, or use another model", param="messages")
+            raise Unfit(f"{turn.provider.name} cannot take images", "its CLI has no way in for them here", "send text only, or use another model", param="messages")
         return [s for s in fitting if self._works(turn.provider.name, s, identity)] or fitting
 
     def _works(self, name: str, strategy: Strategy, identity: str) -> bool:
@@ -4245,7 +5119,7 @@ class Router:
         return broken != identity or time.monotonic() >= until
 
     def _params(self, turn: Turn, strategy: Strategy) -> Dict[str, str]:
-        """native, emulated or ignored, for each parameter the client gave. BadRequest for an ignored one under --strict."""
+        """native, emulated or ignored, for each parameter the client gave. Unfit for an ignored one under --strict."""
         out = {}
         for name in turn.request.params:
             if name not in INERT:
@@ -4254,7 +5128,7 @@ class Router:
                 out[name] = "native" if native else "emulated" if name in ("stop", "max_tokens") else "ignored"
         ignored = [name for name, how in out.items() if how == "ignored"]
         if ignored and self._strict:
-            raise BadRequest(f"{turn.provider.name} has no way to honour {', '.join(ignored)}", "the proxy runs with --strict",
+            raise Unfit(f"{turn.provider.name} has no way to honour {', '.join(ignored)}", "the proxy runs with --strict",
                              "leave it out, or use another model", param=ignored[0], code="unsupported_parameter")
         return out
 
@@ -4269,25 +5143,25 @@ class Router:
         rows = (row for var, row in turn.provider.row["derive"].items() if var in strategy.uses and row["from"] == name)
         return any(derived(row, value, turn.model) is not MISSING for row in rows)
 
-    def _in_a_slot(self, answer: Answer, strategy: Strategy, binary: str) -> Iterator[Event]:
+    def _in_a_slot(self, attempt: Attempt, strategy: Strategy, binary: str) -> Iterator[Event]:
         """One strategy's answer, with what the CLI does not do itself, while a slot of the strategy is held."""
-        turn, params = answer.turn, answer.turn.request.params
+        turn, params = attempt.turn, attempt.turn.request.params
         slots = self._slots[turn.provider.name, strategy.driver]
-        slots.acquire(answer.scope, turn.provider.name)
+        yield from slots.line(attempt.scope, turn.provider.name, turn.request.key_id)
         try:
-            answer.queued = answer.since()
-            answer.scope.enter("start")
-            given = replace(turn, request=replace(turn.request, params={k: v for k, v in params.items() if answer.params.get(k) == "native"}))
-            source = self._from_resident(answer, given, strategy) if strategy.stays else self._from_process(answer, given, strategy, binary)
+            attempt.queued = attempt.since()
+            attempt.scope.enter("start")
+            given = replace(turn, request=replace(turn.request, params={k: v for k, v in params.items() if attempt.params.get(k) == "native"}))
+            source = self._from_resident(attempt, given, strategy) if strategy.stays else self._from_process(attempt, given, strategy, binary)
             with contextlib.closing(source):
                 events = whole_characters(source)
-                if answer.params.get("stop") == "emulated":
+                if attempt.params.get("stop") == "emulated":
                     events = stop_at(events, params["stop"])
-                if answer.params.get("max_tokens") == "emulated":
+                if attempt.params.get("max_tokens") == "emulated":
                     events = limit_tokens(events, params["max_tokens"])
-                for event in answer.counted(events):
+                for event in attempt.counted(events, lambda limit: self.ledger.limit(turn.provider.name, limit)):
                     if not isinstance(event, (Waiting, Done)):
-                        answer.scope.enter("idle")
+                        attempt.scope.enter("idle")
                     yield event
         finally:
             slots.release()
@@ -4299,14 +5173,14 @@ class Router:
     def _place(self, provider: Provider) -> str:
         return make_place(self.spawner.root, provider, lambda name, arg: os.environ.get(arg) or MISSING if name == "env" else MISSING)
 
-    def _from_process(self, answer: Answer, turn: Turn, strategy: Strategy, binary: str) -> Iterator[Event]:
-        """One child, one answer."""
+    def _from_process(self, attempt: Attempt, turn: Turn, strategy: Strategy, binary: str) -> Iterator[Event]:
+        """One child, one attempt."""
         place = ""
         try:
             place = self._place(turn.provider)
             variables = Variables(turn, strategy, place, self._around(turn.provider, binary))
             launch = make_launch(turn, strategy, binary, place, variables, self.own_ports)
-            answer.scope.wait((), at_most=0.0)      # nothing is started for a client that has gone while others were
+            attempt.scope.wait((), at_most=0.0)      # nothing is started for a client that has gone while others were
             child = self.spawner.spawn(launch.argv, launch.env, launch.cwd, launch.on_tty, place)
         except OSError as e:
             shutil.rmtree(place, ignore_errors=True)
@@ -4315,19 +5189,19 @@ class Router:
             shutil.rmtree(place, ignore_errors=True)
             raise
         with child:
-            answer.spawned = answer.since()
+            attempt.spawned = attempt.since()
             child.write(launch.stdin)
-            yield from DRIVERS[strategy.driver](turn, strategy).events(child, answer.scope)
+            yield from DRIVERS[strategy.driver](turn, strategy).events(child, attempt.scope)
 
-    def _from_resident(self, answer: Answer, turn: Turn, strategy: Strategy) -> Iterator[Event]:
+    def _from_resident(self, attempt: Attempt, turn: Turn, strategy: Strategy) -> Iterator[Event]:
         """An answer of a process that stays; once more on another one if it dies before the first event."""
         for last_try in (False, True):
-            conversation, variables = self._borrow(answer, turn, strategy)
-            answer.spawned, committed = answer.since(), False
+            conversation, variables = yield from self._borrow(attempt, turn, strategy)
+            attempt.spawned, committed = attempt.since(), False
             try:
-                with contextlib.closing(Talk(turn, strategy, conversation, variables, answer.scope).events()) as events:
+                with contextlib.closing(Talk(turn, strategy, conversation, variables, attempt.scope).events()) as events:
                     for event in events:
-                        committed = committed or not isinstance(event, (Waiting, Usage))
+                        committed = committed or not isinstance(event, (Waiting, Usage, Limit))
                         yield event
                 return
             except ResidentGone:
@@ -4339,8 +5213,8 @@ class Router:
                     raise Crashed(f"{turn.provider.name} {how_it_ended(status)} before its answer was complete", " ".join(said.split())[-400:], Crashed.advice) from None
                 self._log(level="warning", event="retry", provider=turn.provider.name, why=how_it_ended(status))
 
-    def _borrow(self, answer: Answer, turn: Turn, strategy: Strategy) -> Tuple[Conversation, Variables]:
-        """A conversation from the pool: the one that holds all but the newest turns if there is one, a spare, or a new one."""
+    def _borrow(self, attempt: Attempt, turn: Turn, strategy: Strategy) -> Generator[Waiting, None, Tuple[Conversation, Variables]]:
+        """Returns a conversation from the pool: the one that holds all but the newest turns if there is one, a spare, or a new one."""
         messages, row = turn.request.messages, strategy.row
         seen = next((i + 1 for i in range(len(messages) - 1, -1, -1) if messages[i].role == "assistant"), 0)
         going_on = Variables(turn, strategy, "", self._around(turn.provider), seen)
@@ -4348,8 +5222,8 @@ class Router:
         fits = lambda v: not row.get("plain_only") or v.lookup("plain", "") is not MISSING        # noqa: E731
         key = conversation_key(turn, messages[:seen]) if 0 < seen < len(messages) and fits(going_on) else ""
         spare_for = fill(row.get("resident", {}).get("spare_for", ""), anew.lookup) if fits(anew) else None
-        conversation = self.pool.lend(turn, strategy, key, spare_for, self._profile(turn, strategy, anew), answer.scope)
-        answer.session = "live" if conversation.seen else "spare" if conversation.spare else "new"
+        conversation = yield from self.pool.lend(turn, strategy, key, spare_for, self._profile(turn, strategy, anew), attempt.scope)
+        attempt.session = "live" if conversation.seen else "spare" if conversation.spare else "new"
         return conversation, going_on if conversation.seen else anew
 
     def _profile(self, turn: Turn, strategy: Strategy, variables: Variables) -> Profile:
@@ -4671,6 +5545,9 @@ class ChatCompletions:
                 yield chunk(index, {}, event.reason)
         if request.stream_usage:
             yield self._frame({**base, "choices": [], "usage": self.usage(answers)})
+        for answer in answers:
+            if answer.seams:                # too late for a header
+                yield f": cliproxy seams={len(answer.seams)} at={','.join(map(str, answer.seams))} tried={answer.route}\n\n".encode()
         yield b"data: [DONE]\n\n"
 
     def whole(self, request: Request, answers: Sequence[Answer], events: Iterable[Tuple[int, Event]]) -> bytes:
@@ -4721,29 +5598,8 @@ def merged_events(answers: Sequence[Answer]) -> Iterator[Tuple[int, Event]]:
             for event in events:
                 yield 0, event
         return
-    arrived: queue.Queue = queue.Queue(maxsize=4 * len(answers))      # small: a slow client has to slow the CLIs down
-    over = threading.Event()
-
-    def put(item: Any) -> None:
-        while not over.is_set():
-            try:
-                return arrived.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-
-    def pull(index: int) -> None:
-        try:
-            with _closing(answers[index].events) as events:
-                for event in events:
-                    put((index, event))
-                    if over.is_set():
-                        return
-            put((index, None))
-        except BaseException as e:          # carried to the thread that answers the client, and raised there
-            put((index, e))
-    threads = [threading.Thread(target=pull, args=(i,), name=f"choice-{i}", daemon=True) for i in range(len(answers))]
-    for t in threads:
-        t.start()
+    arrived: queue.Queue = queue.Queue(maxsize=4 * len(answers))
+    pullers = [Puller(i, answer.events, answer.scope, arrived) for i, answer in enumerate(answers)]
     try:
         left = len(answers)
         while left:
@@ -4754,26 +5610,10 @@ def merged_events(answers: Sequence[Answer]) -> Iterator[Tuple[int, Event]]:
             if item is not None:
                 yield index, item
     finally:
-        over.set()
         for answer in answers:
             answer.scope.cancel()
-        for t in threads:
-            t.join()
-
-
-class _closing:
-    """contextlib.closing for a generator, which says what it is for: closing the events is what cancels a turn."""
-
-    def __init__(self, events: Iterator[Event]):
-        self._events = events
-
-    def __enter__(self) -> Iterator[Event]:
-        return self._events
-
-    def __exit__(self, *exc: Any) -> None:
-        close = getattr(self._events, "close", None)
-        if close:
-            close()
+        for puller in pullers:
+            puller.stop()
 
 
 DIALECTS = {"/chat/completions": ChatCompletions()}
@@ -4788,7 +5628,8 @@ LINGER_SECONDS = 2.0        # for a client that is still sending what was refuse
 STOP_POLL = 0.2             # seconds between a listener's looks at whether it is to stop
 COMMIT_AFTER = 30.0         # seconds without an event until a stream gets its 200 and keep-alives; clients give up after 60
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-PATHS = {"/chat/completions": ("POST",), "/models": ("GET",), "/health": ("GET",), "/": ("GET",)}
+PATHS = {"/chat/completions": ("POST",), "/models": ("GET",), "/usage": ("GET",), "/admin/breakers": ("GET",), "/health": ("GET",), "/": ("GET",)}
+RESET_PATH = re.compile("/admin/breakers/(.+)/reset")
 
 
 def log(**fields: Any) -> None:
@@ -4977,25 +5818,31 @@ class Handler(BaseHTTPRequestHandler):
             return self._send_json(200, {"object": "list", "data": [self._model(*m) for m in router.models()]})
         if path.startswith("/models/"):
             name = path[len("/models/"):]
-            provider, _ = router.resolve(name)
-            return self._send_json(200, self._model(name, provider))
+            return self._send_json(200, self._model(name, dict(router.models()).get(name) or router.cascade(name)[0].provider.name))
         if path in ("/health", "/"):
             return self._send_json(200, {"status": "stopping" if self.server.state.stopping.is_set() else "ok", "version": VERSION,
-                                         "providers": [p.name for p in router.installed()]})
+                                         "providers": [p.name for p in router.installed()],
+                                         "breakers": {key: {"state": row["state"], "retry_after": row["retry_after"]} for key, row in router.breakers.table().items()}})
+        if path == "/usage":
+            return self._send_json(200, router.ledger.table())
+        if path == "/admin/breakers":
+            return self._send_json(200, {"object": "list", "data": [{"id": key, **row} for key, row in router.breakers.table().items()]})
         self._refuse_method(path)
 
     def _refuse_method(self, path: str) -> None:
         if _methods(path):
             raise MethodNotAllowed(f"{self.command} is not allowed here", f"{path} takes {' and '.join(_methods(path))}", close=True)
-        raise NotFound(f"there is no {self.path.partition('?')[0]} here", "this proxy serves POST /v1/chat/completions and GET /v1/models",
+        raise NotFound(f"there is no {self.path.partition('?')[0]} here", "this proxy serves POST /v1/chat/completions, GET /v1/models and GET /v1/usage",
                        "set the client to the chat completions API, and its base URL to http://HOST:PORT/v1", close=self.command not in ("GET", "HEAD"))
 
-    def _model(self, name: str, provider: Provider) -> Dict[str, Any]:
-        return {"id": name, "object": "model", "created": self.server.state.started, "owned_by": provider.name}
+    def _model(self, name: str, owner: str) -> Dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.server.state.started, "owned_by": owner}
 
     # --- POST ---
 
     def _post(self, path: str) -> None:
+        if RESET_PATH.fullmatch(path):
+            return self._reset_breakers(path)
         dialect = DIALECTS.get(path)
         if dialect is None:
             self._refuse_method(path)
@@ -5006,21 +5853,23 @@ class Handler(BaseHTTPRequestHandler):
             body = json.loads(self._body())
         except (ValueError, RecursionError) as e:       # no UTF-8, no JSON, a number of 5,000 digits
             raise BadRequest("we could not parse the JSON body of your request", str(e), code="invalid_json") from None
-        request = dialect.parse(body, self._fields.get("key", ""))
+        request, state = dialect.parse(body, self._fields.get("key", "")), self.server.state
         self._fields.update(model=request.model, stream=int(request.stream))
-        scopes: List[Scope] = []
-        try:
-            answers = [self._start(request, scopes) for _ in range(request.params.get("n", 1))]
-            self._answer(dialect, request, answers)
-        finally:
-            for scope in scopes:
-                scope.__exit__()
+        with contextlib.ExitStack() as scopes:
+            self._answer(dialect, request, [state.router.answer(request, scopes.enter_context(Scope({}, self.connection, state.settings.keepalive)))
+                                            for _ in range(request.params.get("n", 1))])
 
-    def _start(self, request: Request, scopes: List[Scope]) -> Answer:
-        state = self.server.state
-        provider, _ = state.router.resolve(request.model)
-        scopes.append(Scope(provider.timeouts, self.connection, state.settings.keepalive))
-        return state.router.answer(request, scopes[-1])
+    def _reset_breakers(self, path: str) -> None:
+        """Close a provider's circuit breakers, or that of one model of it: whoever has seen to the cause need not wait."""
+        m = RESET_PATH.fullmatch(path)
+        assert m is not None
+        self._unread = False            # a body, if there is one, is not looked at
+        self.close_connection = self.close_connection or self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+        provider, _, model = m.group(1).partition("/")
+        router = self.server.state.router
+        if provider not in router.providers:
+            raise NotFound(f"there is no provider {provider} here", f"there are {', '.join(router.providers)}")
+        self._send_json(200, {"reset": router.breakers.reset(provider, model)})
 
     def _body(self) -> bytes:
         """The request's body, of declared length or chunked, within the limits of size and time."""
@@ -5102,21 +5951,34 @@ class Handler(BaseHTTPRequestHandler):
         return early
 
     def _note(self, answers: Sequence[Answer]) -> None:
-        first = answers[0]
+        first, attempt = answers[0], answers[0].attempt
         ms = lambda seconds: round(seconds * 1000) if seconds else None     # noqa: E731
-        self._fields.update(provider=first.turn.provider.name + ("/" + first.turn.model if first.turn.model else ""),
-                            strategy=first.strategy.driver if first.strategy else None, session=first.session or None, n=len(answers) if len(answers) > 1 else None,
+        self._fields.update(provider=attempt.turn.provider.name + ("/" + attempt.turn.model if attempt.turn.model else ""),
+                            strategy=attempt.strategy.driver if attempt.strategy else None, session=attempt.session or None, n=len(answers) if len(answers) > 1 else None,
                             tokens_in=sum(a.usage.input or 0 for a in answers), tokens_out=sum(a.usage.output or 0 for a in answers),
-                            finish=first.finish or None, queue_ms=ms(first.queued), spawn_ms=ms(first.spawned - first.queued), first_ms=ms(first.first))
+                            finish=first.finish or None, tried=first.route if len(first.tried) > 1 else None, seams=len(first.seams) or None, failover_ms=ms(first.failover),
+                            queue_ms=ms(attempt.queued), spawn_ms=ms(attempt.spawned - attempt.queued), first_ms=ms(attempt.first))
 
     def _route_headers(self, answers: Sequence[Answer]) -> Dict[str, str]:
-        first = answers[0]
-        params = [f"{name}={how}" for name, how in first.params.items()] + (["usage=estimated"] if first.estimated else [])
-        headers = {"x-cliproxy-provider": first.turn.provider.name, "x-cliproxy-model": first.turn.model or "default",
-                   "x-cliproxy-strategy": first.strategy.driver if first.strategy else "none"}
+        """Who answers and how; Server-Timing is W3C's (milliseconds), x-ratelimit-* OpenAI's with percent for a unit."""
+        first, attempt = answers[0], answers[0].attempt
+        params = [f"{name}={how}" for name, how in attempt.params.items()] + (["usage=estimated"] if first.estimated else [])
+        headers = {"x-cliproxy-provider": attempt.turn.provider.name, "x-cliproxy-model": attempt.turn.model or "default",
+                   "x-cliproxy-strategy": attempt.strategy.driver if attempt.strategy else "none", "x-cliproxy-attempts": str(first.attempts)}
         if params:
             headers["x-cliproxy-params"] = ", ".join(params)
-        return {k: re.sub(r"[^ -~]", "?", v) for k, v in headers.items()}
+        if "," in first.route:
+            headers["x-cliproxy-tried"] = first.route
+        if first.seams:
+            headers["x-cliproxy-seams"] = str(len(first.seams))
+        clock = {"queue": attempt.queued, "spawn": attempt.spawned - attempt.queued, "first": attempt.first, "failover": first.failover}
+        headers["Server-Timing"] = ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in clock.items() if seconds > 0)
+        limits = [limit for limit in self.server.state.router.ledger.limits(attempt.turn.provider.name) if limit.used is not None]
+        if limits:
+            tightest = max(limits, key=lambda limit: limit.used or 0)
+            headers.update({"x-ratelimit-limit-percent": "100", "x-ratelimit-remaining-percent": f"{max(0.0, 100 - (tightest.used or 0)):g}",
+                            **({"x-ratelimit-reset-percent": f"{max(0, round(tightest.resets - time.time()))}s"} if tightest.resets is not None else {})})
+        return {k: re.sub(r"[^ -~]", "?", v) for k, v in headers.items() if v}
 
     # --- writing ---
 
@@ -5181,7 +6043,7 @@ def _chain(early: Iterable[Tuple[int, Event]], rest: Iterator[Tuple[int, Event]]
 
 def _methods(path: str) -> Tuple[str, ...]:
     """What a path takes; nothing if there is no such path. A model's name may have slashes of its own."""
-    return PATHS.get("/models" if path.startswith("/models/") else path, ())
+    return ("POST",) if RESET_PATH.fullmatch(path) else PATHS.get("/models" if path.startswith("/models/") else path, ())
 
 
 def _host_name(host: str) -> str:
@@ -5420,7 +6282,8 @@ def command_bench(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
     prompt = args.prompt.replace("{words}", str(args.words))
     tell(f"this sends {1 + 3 * args.runs + args.streams} requests of about {args.words} words to each of: {', '.join([*names, *args.url])}")
     with tempfile.TemporaryFile("w+") as log_file, contextlib.ExitStack() as stack:
-        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--port", "0", "--no-warm", *(w for f in args.providers for w in ("--providers", f))],
+        state = stack.enter_context(tempfile.TemporaryDirectory(prefix="cliproxy-bench-"))
+        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--port", "0", "--no-warm", "--state", state, *(w for f in args.providers for w in ("--providers", f))],
                                    stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
         stack.callback(lambda: (process.terminate(), process.wait()))
         targets = [Target(name, bench_address(process, log_file), name, pid=process.pid) for name in names]
@@ -5531,13 +6394,15 @@ def live_check(router: Router, provider: Provider) -> Tuple[bool, str]:
             text = "".join(e.text for e in answer.events if isinstance(e, Text))
     except ProxyError as e:
         return False, e.message
-    shown = text.strip().replace("\n", " ")[:40]
-    return True, f"answered {shown!r} by {answer.strategy.driver if answer.strategy else '?'} in {time.monotonic() - began:.1f} s"
+    shown, strategy = text.strip().replace("\n", " ")[:40], answer.attempt.strategy
+    return True, f"answered {shown!r} by {strategy.driver if strategy else '?'} in {time.monotonic() - began:.1f} s"
 
 
 def command_doctor(args: argparse.Namespace, providers: Dict[str, Provider]) -> int:
     """Exit status 0 if at least one CLI is ready (with --live: answers) and none that is installed is broken, else 1."""
     router, good = Router(providers, Spawner(), log=log), True
+    kept = Breakers(os.path.join(state_directory(args.state, os.environ), BREAKERS_FILE), log)      # of the proxy; a live check asks all the same
+    kept.load(router.breaker_settings)
     try:
         names = args.provider or list(providers)
         unknown = [n for n in names if n not in providers]
@@ -5547,6 +6412,9 @@ def command_doctor(args: argparse.Namespace, providers: Dict[str, Provider]) -> 
         for provider in (providers[n] for n in names):
             fine = look_at(router, provider, print)
             installed = provider.binary(os.environ) is not None
+            for key, row in kept.table().items():
+                if key.partition("/")[0] == provider.name:
+                    print(f"  {'':<8} {key} is not asked for another {row['retry_after']:.0f} s: {row['what']}" + (f": {row['why']}" if row["why"] else ""))
             if args.live and installed:
                 fine, came = live_check(router, provider)
                 print(f"  {'':<8} {'live: ' + came}")
@@ -5612,22 +6480,25 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise ConfigError(f"--host {args.host} lets other machines in, so it needs a key: add --api-key KEY, or set CLIPROXY_API_KEY")
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port must be between 0 and 65535, found {args.port}")
+    if args.hedge_ms is not None and args.hedge_ms < 0:
+        raise ConfigError(f"--hedge-ms must not be negative, found {args.hedge_ms:g}")
     for name in ("keepalive", "max_body_mb", "max_connections"):
         if getattr(args, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be more than 0, found {getattr(args, name):g}")
     if args.drain < 0:
         raise ConfigError(f"--drain must not be negative, found {args.drain:g}")
-    return Settings(host=args.host, port=args.port, keys=keys, allow_hosts=tuple(args.allow_host), cors_origins=tuple(args.cors_origin), strict=args.strict,
+    return Settings(host=args.host, port=args.port, keys=keys, allow_hosts=tuple(args.allow_host), cors_origins=tuple(args.cors_origin), strict=args.strict, go_on=not args.no_continue,
                     keepalive=args.keepalive, max_body=args.max_body_mb << 20, max_connections=args.max_connections, drain=args.drain)
 
 
-def command_serve(args: argparse.Namespace, providers: Dict[str, Provider]) -> int:
+def command_serve(args: argparse.Namespace, providers: Dict[str, Provider], routes: Mapping[str, Sequence[str]]) -> int:
     """Serve until SIGTERM or Ctrl-C, then let running requests finish; a second signal ends them."""
     settings = settings_from(args)
     allow_descriptors()
     ports: List[int] = []
     spawner = Spawner()                     # before any thread
-    router = Router(providers, spawner, ports, log, settings.strict, args.one_shot)
+    breakers = Breakers(os.path.join(state_directory(args.state, os.environ), BREAKERS_FILE), log)
+    router = Router(providers, spawner, ports, log, settings.strict, args.one_shot, routes, breakers, settings.go_on)
     try:
         state = State(settings, router)
         listeners = open_listeners(settings, state)
@@ -5701,6 +6572,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version="cliproxy " + VERSION)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--providers", metavar="FILE", action="append", default=[], help="merge this file over the built-in providers (repeatable)")
+    common.add_argument("--state", metavar="DIR", default="", help="what is kept across restarts (default: cliproxy/ in $XDG_STATE_HOME or ~/.local/state)")
     commands = parser.add_subparsers(dest="command", metavar="serve|doctor|bench|providers")
     serve = commands.add_parser("serve", parents=[common], help="serve (what happens when no command is given)")
     serve.add_argument("--host", default="", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1 and ::1)")
@@ -5709,6 +6581,10 @@ def argument_parser() -> argparse.ArgumentParser:
     serve.add_argument("--allow-host", metavar="NAME", action="append", default=[], help="answer to this Host header too, such as a tunnel's name (repeatable)")
     serve.add_argument("--cors-origin", metavar="ORIGIN", action="append", default=[], help="let web pages of this origin in; * is all (repeatable)")
     serve.add_argument("--strict", action="store_true", help="answer 400 to a parameter that the provider cannot honour, instead of ignoring it")
+    serve.add_argument("--route", metavar="NAME=STEP,STEP", action="append", default=[], help="a model name and who is asked for it, one after the other; "
+                       "each a provider or provider/model (repeatable)")
+    serve.add_argument("--hedge-ms", metavar="MS", type=float, default=None, help="ask the next provider of a route too when there is no word after so long (default: never)")
+    serve.add_argument("--no-continue", action="store_true", help="end an answer that broke off with an error, instead of having it continued")
     serve.add_argument("--keepalive", metavar="SECONDS", type=float, default=10.0, help="silence after which a stream gets a comment line (default: %(default)s)")
     serve.add_argument("--max-body-mb", metavar="MB", type=int, default=32, help="largest request body (default: %(default)s)")
     serve.add_argument("--max-connections", metavar="N", type=int, default=512, help="connections at the same time (default: %(default)s)")
@@ -5750,10 +6626,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 0
     try:
         config = merged_providers(args.providers)
-        providers = load_providers(config)
+        if getattr(args, "hedge_ms", None) is not None:
+            config = merged(config, {"defaults": {"hedge_ms": args.hedge_ms}})
+        providers, routes = load_providers(config), load_routes(config, getattr(args, "route", []))
         if args.command == "providers":
             return command_providers(args, config)
-        return {"doctor": command_doctor, "bench": command_bench, "serve": command_serve}[args.command](args, providers)
+        return command_serve(args, providers, routes) if args.command == "serve" else {"doctor": command_doctor, "bench": command_bench}[args.command](args, providers)
     except ConfigError as e:
         print(f"cliproxy: {e}", file=sys.stderr)
         return 2

@@ -837,7 +837,7 @@ class Machine:
         with open(self.providers, "w") as f:
             json.dump({"providers": providers}, f)
         self.env = {"PATH": os.path.join(self.folder, "bin") + ":/usr/bin:/bin", "HOME": self.home, "LANG": "C.UTF-8", "GEMINI_API_KEY": "g", "OPENAI_API_KEY": "o",
-                    "TMPDIR": os.path.join(self.folder, "tmp"), "PYTHONDEVMODE": "1", "SECRET_OF_OURS": "do not pass on", **FROM_CACHE, **(env or {})}
+                    "TMPDIR": os.path.join(self.folder, "tmp"), "PYTHONDEVMODE": "1", "XDG_STATE_HOME": os.path.join(self.folder, "state"), "SECRET_OF_OURS": "do not pass on", **FROM_CACHE, **(env or {})}
 
     def install(self, name):
         path = os.path.join(self.folder, "bin", name)
@@ -959,6 +959,12 @@ class Proxy(Machine):
         """The private directories of CLIs that are there now."""
         return [p for p in glob.glob(os.path.join(self.folder, "tmp", "*", "*")) if "prepared-" not in p]
 
+    def reset(self):
+        """Close every circuit breaker that a test has opened."""
+        for row in self.request("GET", "/admin/breakers").json["data"]:
+            assert self.request("POST", f"/admin/breakers/{row['id']}/reset").json == {"reset": [row["id"]]}
+        return self
+
     def settled(self):
         """Wait until start-up has looked at every CLI and none runs any more."""
         eventually("start-up has looked at all CLIs", lambda: f"\n  {self.names[-1]} " in self.log())
@@ -1064,7 +1070,7 @@ def proxy(shared):
     proxy = shared.proxy
     for path in glob.glob(proxy.path("*")):
         os.unlink(path)
-    yield proxy
+    yield proxy.reset()
     try:
         eventually("no CLI is left", lambda: not proxy.running())
         eventually("no place is left", lambda: not proxy.places())
@@ -1359,14 +1365,14 @@ MISTAKES = [
     ([], "$: expected an object, found []"),
     ({"version": 2}, "$.version: expected 1, found 2; this file is for another version of cliproxy"),
     ({"version": "1"}, '$.version: expected a whole number, found "1"'),
-    ({"provider": {}}, "$.provider: is not a setting; expected one of defaults, providers, version"),
+    ({"provider": {}}, "$.provider: is not a setting; expected one of defaults, providers, routes, version"),
     ({"providers": []}, "$.providers: expected an object, found []"),
     (patch("claude", binary=5), "$.providers.claude.binary: expected a string, found 5"),
-    (patch("claude", bynary="x"), "$.providers.claude.bynary: is not a setting; expected one of args, binary, derive,"),
+    (patch("claude", bynary="x"), "$.providers.claude.bynary: is not a setting; expected one of args, binary, breaker, derive,"),
     (patch("claude", slots=True), "$.providers.claude.slots: expected a whole number, found true"),
     (patch("claude", slots=1.5), "$.providers.claude.slots: expected a whole number, found 1.5"),
     (patch("claude", timeouts={"first": "soon"}), '$.providers.claude.timeouts.first: expected a number, found "soon"'),
-    (patch("claude", timeouts={"frist": 1}), "$.providers.claude.timeouts.frist: is not a setting; expected one of first, idle, queue, start, total"),
+    (patch("claude", timeouts={"frist": 1}), "$.providers.claude.timeouts.frist: is not a setting; expected one of failover, first, idle, queue, start, total"),
     (patch("claude", version={"argv": ["-v"], "match": "("}), '$.providers.claude.version.match: expected a regular expression, found "(": '),
     (patch("claude", status=5), "$.providers.claude.status: expected a regular expression (a string), found 5"),
     (patch("claude", env={"pass": "PATH"}), '$.providers.claude.env.pass: expected a list, found "PATH"'),
@@ -1547,7 +1553,24 @@ def test_the_time_out_that_was_hit_is_named(stage):
         with pytest.raises(cliproxy.TimedOut) as e:
             scope.wait([])
         assert e.value.message.startswith(f"no answer within the {stage} time-out of 0.01 s. ")
-        assert wire(e.value) == WIRE["TimedOut"]
+        assert wire(e.value) == (504, "server_error", stage + "_timeout", False)
+
+
+def test_a_new_attempt_has_limits_of_its_own_and_a_name():
+    with cliproxy.Scope({"total": 0.01}) as scope:
+        scope.begin({"first": 0.02, "total": 60}, "claude")
+        scope.enter("first")
+        with pytest.raises(cliproxy.TimedOut) as e:
+            scope.wait([])
+        assert e.value.message.startswith("claude gave no answer within the first time-out of 0.02 s. ")
+
+
+def test_the_twin_of_a_scope_watches_the_same_client_and_is_cancelled_with_it(pair):
+    with contextlib.ExitStack() as stack, cliproxy.Scope({"start": LIMIT}) as scope:
+        twin = scope.twin(stack)
+        threading.Timer(0.01, scope.cancel).start()
+        with pytest.raises(cliproxy.Cancelled):
+            twin.wait([])
 
 
 def test_no_stage_outlasts_the_total_time_out():
@@ -1623,22 +1646,22 @@ def test_a_closed_descriptor_can_be_forgotten_and_its_number_used_again():
 class Waiter(threading.Thread):
     """Takes a slot in a thread of its own and says what came of it."""
 
-    def __init__(self, slots, limits=None):
+    def __init__(self, slots, limits=None, key=""):
         super().__init__(daemon=True)
-        self.slots, self.scope, self.outcome = slots, cliproxy.Scope(limits or {}), None
+        self.slots, self.scope, self.outcome, self.key = slots, cliproxy.Scope(limits or {}), None, key
         self.start()
 
     def run(self):
         with self.scope:
             try:
-                self.slots.acquire(self.scope, "claude")
+                list(self.slots.line(self.scope, "claude", self.key))
                 self.outcome = "taken"
             except (cliproxy.Busy, cliproxy.Cancelled) as e:
                 self.outcome = e
 
 
 def queued(slots, count):
-    eventually(f"{count} wait in line", lambda: len(slots._queue) == count)
+    eventually(f"{count} wait in line", lambda: sum(map(len, slots._queues.values())) == count)
 
 
 def test_slots_are_given_in_the_order_of_asking():
@@ -1651,6 +1674,33 @@ def test_slots_are_given_in_the_order_of_asking():
         waiter.join()
         assert waiter.outcome == "taken" and [w.outcome for w in waiters[i + 1:]] == [None] * (3 - i)
         slots.release()
+    assert slots.busy == 0
+
+
+def test_who_waits_is_served_by_key_in_turn():
+    slots = cliproxy.Slots(1)
+    Waiter(slots).join()
+    waiters = []
+    for i, key in enumerate("aaabbc", 1):
+        waiters.append(Waiter(slots, key=key))
+        queued(slots, i)
+    for served in (0, 3, 5, 1, 4, 2):
+        slots.release()
+        waiters[served].join()
+        assert [w.outcome for w in waiters].count("taken") + sum(map(len, slots._queues.values())) == 6
+    slots.release()
+    assert slots.busy == 0
+
+
+def test_who_waits_in_line_is_told_that_the_client_is_kept_waiting():
+    slots = cliproxy.Slots(1)
+    Waiter(slots).join()
+    with cliproxy.Scope({"queue": LIMIT}, keepalive=0.01) as scope:
+        line = slots.line(scope, "claude")
+        assert next(line) == next(line) == Waiting()
+        slots.release()
+        assert all(event == Waiting() for event in line)
+    slots.release()
     assert slots.busy == 0
 
 
@@ -2574,7 +2624,7 @@ def residents(tmp_path_factory):
             eventually("all are up", lambda: len(made[0].lines("event=resident-ready")) == len(CLIS))
         for path in glob.glob(made[0].path("*")):
             os.unlink(path)
-        return made[0]
+        return made[0].reset()
     yield get
     for proxy in made:
         SHARED.discard(proxy.pid)
