@@ -1414,14 +1414,16 @@ def load_providers(config: Mapping[str, Any]) -> Dict[str, Provider]:
 
 def load_routes(config: Mapping[str, Any], flags: Sequence[str]) -> Dict[str, List[str]]:
     """{model name or wildcard: its cascade} of the configuration and of --route NAME=STEP,STEP; the flags count first."""
-    routes = dict(config.get("routes", {}))
+    gone = json.loads(BUILTIN_PROVIDERS)["providers"].keys() - config["providers"].keys()      # taken away by a file: no mistake in a built-in route
+    routes = {name: [step for step in steps if step.partition("/")[0] not in gone] for name, steps in config.get("routes", {}).items()}
+    routes = {name: steps for name, steps in routes.items() if steps}
     for flag in flags:
         name, equals, steps = flag.partition("=")
         if not name.strip() or not equals:
             raise ConfigError(f"--route {flag}: expected NAME=STEP,STEP such as gpt-4o=claude/sonnet,gemini")
         routes[name.strip()] = [step.strip() for step in steps.split(",")]
     for name, steps in routes.items():
-        for step in steps or [""]:
+        for step in steps:
             if not known_model(config["providers"], step):
                 raise ConfigError(f"the route {name}: expected a provider, provider/model or a model that one of them lists, found {_show(step)}; "
                                   f"the providers are {', '.join(config['providers'])}")
@@ -4235,13 +4237,23 @@ def read_state(path: str, shape: Mapping[str, Any], log: Callable[..., None]) ->
 #                                                    ^--------------- the probe fails: twice as long ------'
 
 
+@dataclass(frozen=True)
+class Admission:
+    """A request that a breaker has let through: since when it is under way, and whether it is the probe."""
+    at: float
+    probe: bool = False
+
+
 class Breaker:
     """The policy, on any clock: every method is told what time it is, in seconds. `settings`: after how many `failures` in a row it
-    opens (0: never), for how many `seconds` the first time (doubled each time), and the `longest`, whatever the CLI says."""
+    opens (0: never), for how many `seconds` the first time (doubled each time), and the `longest`, whatever the CLI says.
+
+    Requests that were under way together fail together, when their process dies or the network is gone: that is one failure."""
 
     def __init__(self, settings: Mapping[str, float]):
         self._settings = settings
         self.failures = self.opened = 0     # in a row; how many times it has opened since an answer was whole
+        self.failed_at = -math.inf          # when the last of them was counted
         self.until: Optional[float] = None  # when it is half-open; None while it is closed
         self.resets = 0.0                   # when it may be asked again by what the CLI said, which can be long after that
         self.error = ("", "", "", "")       # class name, what, why and do of the last failure
@@ -4251,18 +4263,18 @@ class Breaker:
         """closed, open or half-open."""
         return "closed" if self.until is None else "open" if now < self.until else "half-open"
 
-    def admit(self, now: float) -> bool:
-        """May a request go through? When half-open one may: it is the probe."""
+    def admit(self, now: float) -> Optional[Admission]:
+        """Let a request through, or not (None). When half-open one may: it is the probe."""
         if self.until is None:
-            return True
+            return Admission(now)
         if now < self.until or self.probing:
-            return False
+            return None
         self.probing = True
-        return True
+        return Admission(now, probe=True)
 
-    def answered(self, probe: bool) -> None:
+    def answered(self, admission: Admission) -> None:
         """The first word has come: others may follow the probe, but one more failure opens it again."""
-        if probe and self.until is not None:
+        if admission.probe and self.until is not None:
             self.until, self.probing, self.failures = None, False, max(0, int(self._settings["failures"]) - 1)
 
     def succeeded(self) -> None:
@@ -4270,26 +4282,24 @@ class Breaker:
         if self.until is None:              # else it belongs to a request that is older than the trouble
             self.failures = self.opened = 0
 
-    def released(self, probe: bool) -> None:
+    def released(self, admission: Admission) -> None:
         """A request is over. If it was the probe and has told nothing of the provider, the next one is."""
-        self.probing = self.probing and not probe
+        self.probing = self.probing and not admission.probe
 
-    def failed(self, error: ProviderError, now: float, probe: bool) -> bool:
-        """Count a failure. True if that has opened it."""
-        self.released(probe)
-        if not self._settings["failures"]:
-            return False
-        self.failures += 1
+    def failed(self, admission: Admission, error: ProviderError, now: float) -> None:
+        """Count a failure, and open if that is one too many, or a limit."""
+        self.released(admission)
+        known = admission.at <= self.failed_at and error.opens is None
+        if not self._settings["failures"] or known or (self.until is not None and not admission.probe):
+            return
+        self.failures, self.failed_at = self.failures + 1, now
         self.error = (next((name for name, cls in ERROR_CLASSES.items() if type(error) is cls), ""), error.what, error.why, error.do)
-        if self.until is not None and not probe:        # one of many that were under way when it opened
-            return False
-        if not probe and error.opens is None and self.failures < self._settings["failures"]:
-            return False
+        if not admission.probe and error.opens is None and self.failures < self._settings["failures"]:
+            return
         wait = (error.opens or self._settings["seconds"]) * 2.0 ** min(self.opened, 30)
         wait = min(wait, self._settings["longest"]) if error.retry_after is None else error.retry_after
         self.opened += 1
         self.until, self.resets = now + min(wait, self._settings["longest"]), now + wait
-        return True
 
 
 class Breakers:
@@ -4317,15 +4327,15 @@ class Breakers:
             breaker.until = min(row["until"] + shift, self._clock() + settings(key)["longest"])
             breaker.resets = row["resets"] + shift
 
-    def admit(self, key: str) -> bool:
-        """Is this request the probe of a half-open breaker? Raises what the provider said last if it must not be asked now."""
+    def admit(self, key: str) -> Admission:
+        """Let a request through. Raises what the provider said last if it must not be asked now."""
         with self._lock:
-            breaker = self._breakers.get(key)
-            if breaker is None:
-                return False
-            if breaker.admit(self._clock()):
-                return breaker.probing
-            raise self._refusal(key, breaker, self._clock())
+            breaker, now = self._breakers.get(key), self._clock()
+            admission = breaker.admit(now) if breaker else Admission(now)
+            if admission is None:
+                assert breaker is not None
+                raise self._refusal(key, breaker, now)
+            return admission
 
     @staticmethod
     def _refusal(key: str, breaker: Breaker, now: float) -> ProviderError:
@@ -4340,20 +4350,20 @@ class Breakers:
             error.should_retry = left <= RETRY_AT_MOST
         return error
 
-    def answered(self, key: str, probe: bool) -> None:
-        self._change(key, lambda b: b.answered(probe))
+    def answered(self, key: str, admission: Admission) -> None:
+        self._change(key, lambda b: b.answered(admission))
 
     def succeeded(self, key: str) -> None:
         self._change(key, lambda b: b.succeeded())
 
-    def released(self, key: str, probe: bool) -> None:
-        self._change(key, lambda b: b.released(probe))
+    def released(self, key: str, admission: Admission) -> None:
+        self._change(key, lambda b: b.released(admission))
 
-    def failed(self, key: str, error: ProviderError, probe: bool, settings: Mapping[str, float]) -> None:
+    def failed(self, key: str, admission: Admission, error: ProviderError, settings: Mapping[str, float]) -> None:
         """Count a failure; if that opens the breaker and the CLI gave no time, the error says when it is asked again."""
         with self._lock:
             self._breakers.setdefault(key, Breaker(settings))
-        self._change(key, lambda b: b.failed(error, self._clock(), probe))
+        self._change(key, lambda b: b.failed(admission, error, self._clock()))
         with self._lock:
             breaker = self._breakers.get(key)
             if breaker is not None and breaker.until is not None and error.retry_after is None and not isinstance(error, BillingRefused):
@@ -4966,18 +4976,17 @@ class Router:
 
     def _try(self, answer: Answer, step: Step, left: deque) -> Iterator[Event]:
         """One step of the cascade, or, if it is slow and has a hedge, it and the next one."""
-        attempt, hedge = Attempt(step, self._continued(answer), answer.scope), step.provider.row["hedge_ms"] / 1000
-        if hedge and left and not any(answer.progress):
-            yield from self._hedged(answer, attempt, left, hedge)
+        if step.provider.row["hedge_ms"] and left and not any(answer.progress):
+            yield from self._hedged(answer, step, left, step.provider.row["hedge_ms"] / 1000)
             return
-        events = self._attempt(answer, attempt, bool(left))
+        events = self._attempt(answer, Attempt(step, self._continued(answer), answer.scope), bool(left))
         yield from after_seam(events, "".join(answer.said), cuts_words(answer.said)) if any(answer.progress) else events
 
     def _attempt(self, answer: Answer, attempt: Attempt, others: bool) -> Iterator[Event]:
         """What one provider answers, its circuit breaker before it. `others`: there is somebody else to go to."""
         key, provider, outcome, spoke = attempt.step.key, attempt.step.provider, "cancelled", False
         try:
-            probe = self.breakers.admit(key)
+            admission = self.breakers.admit(key)
         except ProviderError as e:
             answer.tried.append((key, "open"))
             answer.errors.append(e)
@@ -4989,8 +4998,8 @@ class Router:
                 for event in events:
                     if not spoke and isinstance(event, (Text, Thinking)):
                         spoke = True
-                        self.breakers.answered(key, probe)
-                        probe = False
+                        self.breakers.answered(key, admission)
+                        admission = replace(admission, probe=False)
                         answer.seams += [sum(map(len, answer.said))] if answer.said else []
                     if isinstance(event, Done):
                         outcome = "ok"
@@ -5001,12 +5010,12 @@ class Router:
             answer.errors.append(e)
             if isinstance(e, ProviderError) and e.counts:
                 e.retry_after = self.ledger.resets_in(provider.name) if e.opens and e.retry_after is None else e.retry_after
-                self.breakers.failed(key, e, probe, provider.breaker)
+                self.breakers.failed(key, admission, e, provider.breaker)
             if others or answer.said:
                 self._log(level="warning", event="broke-off" if spoke else "failed", provider=key, error=e.code, ms=round(attempt.since() * 1000))
             raise
         finally:
-            self.breakers.released(key, probe)
+            self.breakers.released(key, admission)
             answer.tried.append((key, outcome))
             attempt.over = True
             self.ledger.attempt(key, attempt.usage, outcome)
@@ -5021,34 +5030,39 @@ class Router:
             limits["first"] = min(limits.get("first", limits["failover"]), limits["failover"])
         return limits
 
-    def _hedged(self, answer: Answer, first: Attempt, left: deque, seconds: float) -> Iterator[Event]:
-        """If the first attempt has no word after so many seconds, the next step is asked as well; who speaks first is the answer,
-        the other one is cancelled."""
+    def _hedged(self, answer: Answer, step: Step, left: deque, seconds: float) -> Iterator[Event]:
+        """If the first attempt has no word after so many seconds, the next step is asked as well, and one more for each that fails
+        from then on; who speaks first is the answer, the others are cancelled."""
         arrived: queue.Queue = queue.Queue(maxsize=8)
         pullers: Dict[Attempt, Puller] = {}
         winner, waiting, due = None, set(), time.monotonic() + seconds       # type: Tuple[Optional[Attempt], Set[Attempt], Optional[float]]
 
-        def start(attempt: Attempt) -> None:
+        def start(step: Step) -> None:
+            attempt = Attempt(step, answer.request, answer.scope.twin(scopes))
             waiting.add(attempt)
             pullers[attempt] = Puller(attempt, self._attempt(answer, attempt, bool(left)), attempt.scope, arrived)
 
-        with contextlib.ExitStack() as scopes:
-            scopes.callback(lambda: [puller.stop() for puller in pullers.values()])
-            start(first)
+        with contextlib.ExitStack() as scopes, contextlib.ExitStack() as stops:     # a scope is closed when what it is for has stopped
+            stops.callback(lambda: [puller.stop() for puller in pullers.values()])
+            start(step)
             while True:
                 try:
                     attempt, item = arrived.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
                 except queue.Empty:
                     due = None
-                    start(Attempt(self._next(left), answer.request, first.scope.twin(scopes)))
+                    start(self._next(left))
                     continue
                 if isinstance(item, BaseException):
                     waiting.discard(attempt)
-                    if attempt is winner or (winner is None and not (waiting and getattr(item, "next_provider", False))):
+                    if attempt is winner or (winner is None and not getattr(item, "next_provider", False)):
+                        raise item
+                    if winner is None and due is None and left:
+                        start(self._next(left))
+                    elif winner is None and not waiting:
                         raise item
                 elif winner is None and isinstance(item, (Text, Thinking, Done)):
-                    winner = answer.attempt = attempt
-                    due = None
+                    winner, due = attempt, None
+                    answer.attempt = attempt
                     for other in pullers.keys() - {winner}:
                         pullers[other].cancel()
                 if attempt is winner and item is None:

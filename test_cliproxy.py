@@ -613,7 +613,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 import cliproxy  # noqa: E402
-from cliproxy import CallPart, Done, ImagePart, Message, Request, ResultPart, Text, TextPart, Thinking, Usage, Waiting  # noqa: E402
+from cliproxy import CallPart, Done, ImagePart, Limit, Message, Request, ResultPart, Text, TextPart, Thinking, Usage, Waiting  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error")
 SCRIPT = os.path.join(HERE, "cliproxy.py")
@@ -1023,9 +1023,15 @@ VARIANTS = {
     **variant("claude-text", "claude", **only("text", "claude")), **variant("gemini-text", "gemini", **only("text", "gemini")),
     **variant("codex-text", "codex", **only("text", "codex")), **variant("qwen-text", "qwen", **only("text", "qwen")),
     **variant("claude-changed", "claude"), **variant("claude-params", "claude"),
+    **variant("claude-hedged", "claude", hedge_ms=100), **variant("claude-brittle", "claude", breaker={"failures": 1, "seconds": 0.3}),
+    **variant("claude-failover", "claude", timeouts={"failover": 0.3}),
     **variant("codex-tty", "codex", args=[], strategies=[{"driver": "text", "argv": ["exec"], "stdin": "{prompt}", "terminal": ["stdout", "stderr"],
               "begin": "^codex$", "end": "^tokens used$", "stream": True}]),
 }
+
+
+ROUTES = ("two=claude,gemini", "three=claude/opus, gemini/flash, codex", "hedged=claude-hedged,gemini,codex", "silent=claude-failover,gemini", "pictures=claude-text,echo,gemini",
+          "narrow=claude-single,gemini")
 
 
 class Shared:
@@ -1041,7 +1047,7 @@ class Shared:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("{}" if name.endswith("json") else "")
         self.home = sorted((p, p.stat().st_mtime_ns) for p in (folder / "home").rglob("*"))
-        self.proxy = Proxy(folder, providers=VARIANTS, env={"ANTHROPIC_API_KEY": "a"}).settled()
+        self.proxy = Proxy(folder, [w for route in ROUTES for w in ("--route", route)], providers=VARIANTS, env={"ANTHROPIC_API_KEY": "a"}).settled()
         SHARED.add(self.proxy.pid)
         assert self.proxy.ask("claude").text == "".join(HELLO)      # so that every thread that stays is there
         self.rest = still(self.proxy.settled().holds)
@@ -2305,7 +2311,7 @@ GEMINI_FAILED = {"type": "result", "timestamp": "t", "status": "error", "stats":
 ANSWERS = [
     ("claude", lines_of("claude", ["begin"], SAY, ["end"]), [CLAUDE_START, *WORDS, *CLAUDE_END], "released"),
     ("claude", [*lines_of("claude", ["begin"], ["think", ["hm "]]), THINKING_TOKENS, *lines_of("claude", SAY, ["end"])], [CLAUDE_START, Thinking("hm "), *WORDS, *CLAUDE_END], "released"),
-    ("claude", [ALLOWED, *lines_of("claude", ["begin"], SAY, ["end"])], [CLAUDE_START, *WORDS, *CLAUDE_END], "released"),
+    ("claude", [ALLOWED, *lines_of("claude", ["begin"], SAY, ["end"])], [Limit("five_hour", None, 1795400000), CLAUDE_START, *WORDS, *CLAUDE_END], "released"),
     ("claude", lines_of("claude", ["begin"], SAY, ["end", "stop_sequence"]), [CLAUDE_START, *WORDS, *CLAUDE_END], "released"),
     # left alone, it would ask its service again by itself in these four
     ("claude", lines_of("claude", ["begin"], SAY, ["end", "max_tokens"]), [CLAUDE_START, *WORDS, Usage(output=6), Done("length")], "killed"),
@@ -2779,7 +2785,7 @@ def test_an_error_of_a_resident_has_the_status_it_had_for_the_cli(staying, name,
     answered = proxy.ask(name)
     assert (answered.status, answered.json["error"]["code"]) == (status, code)
     proxy.play(name)
-    assert proxy.ask(name).text == "".join(HELLO), "the process is as good as new"
+    assert proxy.reset().ask(name).text == "".join(HELLO), "the process is as good as new"
 
 
 def test_an_error_after_the_first_word_leaves_all_words_before_it_and_no_finish_reason(staying):
@@ -2801,7 +2807,7 @@ def test_a_killed_resident_costs_its_turns_nothing_before_their_first_word(stayi
 
 
 def test_a_killed_resident_ends_what_had_begun_with_an_error_and_the_next_request_is_answered(staying):
-    proxy = staying("codex", alone=True)
+    proxy = staying("codex", flags=["--no-continue"])
     proxy.play("codex", ["begin"], ["say", ["a "]], ["wait", "never"])
     streams = [proxy.started("codex") for _ in range(5)]
     for s in streams:
@@ -2992,6 +2998,270 @@ def test_a_protocol_frames_calls_and_knows_their_answers(wire, call, answer, fai
     assert wire.answered(question) is None and wire.asks(question) and not wire.asks(answer) and wire.reply(question, None)
 
 
+# === State ===========================================================================================================
+
+SHAPE = {"n": int}
+
+
+def noted():
+    """(a log, the rows that it has been given)."""
+    rows = []
+    return lambda **fields: rows.append(fields), rows
+
+
+@pytest.mark.parametrize("chosen, environ, path", [
+    ("/s", {"XDG_STATE_HOME": "/x"}, "/s"), ("~/s", {}, "{home}/s"), ("s", {}, "{cwd}/s"), ("", {"XDG_STATE_HOME": "/x"}, "/x/cliproxy"), ("", {}, "{home}/.local/state/cliproxy"), ("", {"XDG_STATE_HOME": ""}, "{home}/.local/state/cliproxy")])
+def test_state_is_kept_where_the_flag_or_the_environment_says(chosen, environ, path):
+    assert cliproxy.state_directory(chosen, environ) == path.format(home=os.path.expanduser("~"), cwd=os.getcwd())
+
+
+def test_state_is_read_as_it_was_written_and_nobody_else_may_read_it(tmp_path):
+    path = tmp_path / "new" / "deep" / "a.json"
+    for n in (1, 2):
+        cliproxy.write_state(str(path), {"n": n})
+        assert cliproxy.read_state(str(path), SHAPE, None) == {"version": 1, "n": n}
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"] and path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    assert cliproxy.read_state(str(tmp_path / "none.json"), SHAPE, None) == {}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_state_and_nothing_else(tmp_path, monkeypatch, call):
+    path = str(tmp_path / "a.json")
+    cliproxy.write_state(path, {"n": 1})
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(os, call, full)
+        with pytest.raises(OSError):
+            cliproxy.write_state(path, {"n": 2})
+    assert cliproxy.read_state(path, SHAPE, None)["n"] == 1 and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": 1, "n": 1', "[]", "null", '{"n": 1}', '{"version": 1, "n": "x"}', '{"version": 1}', '{"version": 1, "n": 1, "m": 1}', "\xff"])
+def test_a_damaged_state_is_set_aside_with_a_line_in_the_log(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode("latin-1"))
+    log, rows = noted()
+    assert cliproxy.read_state(str(path), SHAPE, log) == {}
+    assert rows[0]["event"] == "state-damaged" and pathlib.Path(rows[0]["kept_as"]).read_bytes() == text.encode("latin-1") and not path.exists()
+
+
+def test_a_state_of_a_newer_version_is_left_alone(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"version": 2, "other": 1}')
+    with pytest.raises(cliproxy.StateTooNew, match="was written by a newer cliproxy"):
+        cliproxy.read_state(str(path), SHAPE, None)
+    breakers = cliproxy.Breakers(str(path), noted()[0])
+    breakers.load(lambda key: SETTINGS)
+    breakers.failed("claude/x", breakers.admit("claude/x"), cliproxy.RateLimited("no"), SETTINGS)
+    assert path.read_text() == '{"version": 2, "other": 1}'
+
+
+# === Circuit breakers ================================================================================================
+
+SETTINGS = {"failures": 3, "seconds": 10.0, "longest": 1800.0}
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self, now=1000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def breakers(clock, tmp_path):
+    return cliproxy.Breakers(str(tmp_path / "breakers.json"), clock=clock)
+
+
+def crash(**more):
+    return cliproxy.Crashed("claude crashed", "it fell", "try again", **more)
+
+
+def failing(breakers, times=3, error=crash, key="claude/sonnet", **more):
+    for _ in range(times):
+        breakers.failed(key, breakers.admit(key), error(**more), SETTINGS)
+        breakers._clock.now += 1 / 1024
+
+
+def refused(breakers, key="claude/sonnet"):
+    with pytest.raises(cliproxy.ProviderError) as e:
+        breakers.admit(key)
+    return e.value
+
+
+def states(breakers):
+    return {key: row["state"] for key, row in breakers.table().items()}
+
+
+def test_a_breaker_lives_through_all_its_states(breakers, clock):
+    failing(breakers, 2)
+    assert not breakers.admit("claude/sonnet").probe and states(breakers) == {"claude/sonnet": "closed"}
+    failing(breakers, 1)
+    opened = clock.now - 1 / 1024
+    assert states(breakers) == {"claude/sonnet": "open"} and isinstance(refused(breakers), cliproxy.Paused)
+    clock.now = opened + 9.5
+    assert states(breakers) == {"claude/sonnet": "open"} and refused(breakers).retry_after == 1
+    clock.now = opened + 10
+    assert states(breakers) == {"claude/sonnet": "half-open"}
+    admission = breakers.admit("claude/sonnet")
+    assert admission.probe
+    breakers.answered("claude/sonnet", admission)
+    assert states(breakers) == {"claude/sonnet": "closed"} and not breakers.admit("claude/sonnet").probe
+    breakers.succeeded("claude/sonnet")
+    assert states(breakers) == {}
+
+
+def test_a_success_between_them_makes_failures_no_failures_in_a_row(breakers):
+    for _ in range(4):
+        failing(breakers, 2)
+        breakers.succeeded("claude/sonnet")
+    assert states(breakers) == {}
+
+
+def test_requests_that_were_under_way_together_fail_once(breakers):
+    admissions = [breakers.admit("claude/sonnet") for _ in range(20)]
+    for admission in admissions:
+        breakers.failed("claude/sonnet", admission, crash(), SETTINGS)
+    assert breakers.table()["claude/sonnet"]["failures"] == 1
+    breakers.failed("claude/sonnet", admissions[0], cliproxy.RateLimited("x"), SETTINGS)
+    assert states(breakers) == {"claude/sonnet": "open"}, "but a limit counts whenever it is told"
+
+
+def test_each_failed_probe_doubles_the_time_up_to_the_longest(breakers, clock):
+    failing(breakers, 3)
+    waits = []
+    for _ in range(12):
+        waits.append(round(refused(breakers).retry_after))
+        clock.now += waits[-1]
+        failing(breakers, 1)
+    assert waits == [10, 20, 40, 80, 160, 320, 640, 1280, 1800, 1800, 1800, 1800]
+
+
+def test_an_answer_that_breaks_off_after_the_probe_opens_it_again_at_once(breakers, clock):
+    failing(breakers, 3)
+    clock.now += 10
+    admission = breakers.admit("claude/sonnet")
+    breakers.answered("claude/sonnet", admission)
+    breakers.failed("claude/sonnet", cliproxy.Admission(admission.at), crash(), SETTINGS)
+    assert states(breakers) == {"claude/sonnet": "open"} and refused(breakers).retry_after == 20
+
+
+@pytest.mark.parametrize("cls, retry_after, wait, shown", [
+    ("RateLimited", None, 5, 5), ("RateLimited", 34, 34, 34), ("RateLimited", 0.25, 0.25, 1), ("QuotaUsedUp", None, 60, 60), ("QuotaUsedUp", 12005, 1800, 12005), ("BillingRefused", None, 300, None)])
+def test_a_limit_opens_at_once_until_its_reset_but_is_probed_after_half_an_hour(breakers, clock, cls, retry_after, wait, shown):
+    error = getattr(cliproxy, cls)("claude has had enough", "so it says", "wait", retry_after=retry_after)
+    breakers.failed("claude/sonnet", breakers.admit("claude/sonnet"), error, SETTINGS)
+    again = refused(breakers)
+    assert type(again) is type(error) and again.message == "claude has had enough: so it says. Wait"
+    assert again.retry_after == shown and again.should_retry is (cls != "BillingRefused" and shown <= 120)
+    assert error.retry_after == (retry_after if retry_after else shown), "who met the limit is told when to come back as well"
+    clock.now = 1000 + wait - 0.125
+    assert states(breakers) == {"claude/sonnet": "open"}
+    clock.now = 1000 + wait
+    assert breakers.admit("claude/sonnet").probe
+
+
+@pytest.mark.parametrize("cls", [c for c in cliproxy.ERROR_CLASSES.values()])
+def test_only_failures_of_the_provider_count(cls):
+    client = ("ContextLengthExceeded", "ModelNotFound", "Refused", "ProviderBadRequest", "ParameterRefused")
+    assert cls.counts is (cls.__name__ not in client)
+    assert cls.next_provider is (cls.__name__ not in client[2:]), "what a service will not answer is not taken to the next one"
+
+
+def test_of_many_requests_one_is_the_probe_and_the_next_one_if_it_tells_nothing(breakers, clock):
+    failing(breakers, 3)
+    clock.now += 10
+    gate, probes, others = threading.Barrier(50), [], []
+
+    def ask():
+        gate.wait()
+        try:
+            probes.append(breakers.admit("claude/sonnet"))
+        except cliproxy.Paused as e:
+            others.append(e.retry_after)
+    threads = [threading.Thread(target=ask) for _ in range(50)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert [a.probe for a in probes] == [True] and others == [1] * 49
+    breakers.released("claude/sonnet", probes[0])       # its client has gone
+    assert breakers.admit("claude/sonnet").probe and refused(breakers).retry_after == 1
+
+
+def test_requests_from_before_the_trouble_neither_open_it_further_nor_close_it(breakers, clock):
+    before = breakers.admit("claude/sonnet")
+    failing(breakers, 3)
+    breakers.failed("claude/sonnet", before, crash(), SETTINGS)
+    breakers.succeeded("claude/sonnet")
+    assert states(breakers) == {"claude/sonnet": "open"} and round(refused(breakers).retry_after) == 10
+
+
+def test_each_model_of_each_provider_has_a_breaker_of_its_own(breakers):
+    failing(breakers, 3)
+    assert breakers.admit("claude/opus") and breakers.admit("gemini/sonnet")
+
+
+def test_a_pause_says_why_and_what_to_do(breakers):
+    failing(breakers, 3)
+    assert refused(breakers).message == ("claude/sonnet is not asked for another 10 s: 3 requests in a row have failed, the last because claude crashed: it fell. "
+                                         "Wait, use another model, or POST /admin/breakers/claude/sonnet/reset")
+
+
+def test_an_open_breaker_outlives_the_process_and_a_closed_one_is_forgotten(breakers, clock, tmp_path):
+    failing(breakers, 3)
+    failing(breakers, 2, key="claude/opus")
+    failing(breakers, 1, cliproxy.QuotaUsedUp, "gemini/pro", what="gemini has used up its limit", why="so", retry_after=7200)
+    clock.now += 4
+    later = Clock(5.0)                              # the next run has another clock
+
+    def load(clock):
+        again = cliproxy.Breakers(str(tmp_path / "breakers.json"), clock=clock)
+        again.load(lambda key: SETTINGS)
+        return again
+    again = load(later)
+    assert states(again) == {"claude/sonnet": "open", "gemini/pro": "open"}
+    assert round(refused(again).retry_after) == 10 and round(refused(again, "gemini/pro").retry_after) == 7200      # no time has passed on the clock of the day
+    later.now += 1801
+    probes = {key: again.admit(key) for key in ("gemini/pro", "claude/sonnet")}
+    assert all(admission.probe for admission in probes.values())
+    again.answered("gemini/pro", probes["gemini/pro"])
+    assert states(load(later)) == {"claude/sonnet": "half-open"}
+    assert again.reset("claude") == ["claude/sonnet"] and states(load(later)) == {}
+
+
+def test_a_breaker_can_be_switched_off(breakers):
+    for _ in range(10):
+        breakers.failed("claude/sonnet", breakers.admit("claude/sonnet"), cliproxy.QuotaUsedUp("x"), {**SETTINGS, "failures": 0})
+    assert not breakers.admit("claude/sonnet").probe
+
+
+def test_breakers_of_one_model_or_of_all_of_a_provider_are_reset(breakers):
+    for key in ("claude/sonnet", "claude/opus", "claude-2/x"):
+        failing(breakers, 3, key=key)
+    assert breakers.reset("claude", "opus") == ["claude/opus"] and breakers.reset("claude", "opus") == []
+    assert breakers.reset("claude") == ["claude/sonnet"] and states(breakers) == {"claude-2/x": "open"}
+
+
+def test_a_state_directory_that_cannot_be_written_is_no_reason_to_stop(tmp_path, clock):
+    (tmp_path / "file").write_text("")
+    log, rows = noted()
+    breakers = cliproxy.Breakers(str(tmp_path / "file" / "breakers.json"), log, clock)
+    breakers.load(lambda key: SETTINGS)
+    failing(breakers, 3)
+    assert states(breakers) == {"claude/sonnet": "open"} and {r["event"] for r in rows} == {"breaker", "state-unusable"}
+
+
 # === Router ==========================================================================================================
 
 
@@ -3041,6 +3311,87 @@ def test_thinking_does_not_count_as_answer():
     assert list(cliproxy.stop_at(iter([Thinking("stop"), Text("a"), Done("stop")]), ["stop"])) == [Thinking("stop"), Text("a"), Done("stop")]
 
 
+@pytest.mark.parametrize("said, text, goes_on", [
+    # exactly, with words repeated, from the beginning of the sentence, of the line, of the answer
+    ("w1 w2", " w3", " w3"), ("w1 w2 ", "w3", "w3"), ("w1 w2 w3", "w3 w4", " w4"), ("w1 w2 w3", "w2 w3 w4", " w4"), ("One. Two is", "Two is here.", " here."),
+    ("- a\n- b c", "- b c d\n- e", " d\n- e"), ("w1 w2 w3", "w1 w2 w3 w4", " w4"), ("ha ha ha", "ha ha ha no", " no"), ("a b a b c a b", "a b a b d", " a b d"), ("a a b a a a b", "a a b a a a c", " a a a c"),
+    ("a b", "a b", ""), ("w1 w2", "w1", " w1"), ("w1 w2", "", ""), ("", " w1 w2", " w1 w2"), (" \n", "a", "a"),
+    # white space
+    ("a b", " c", " c"), ("a b ", "b c", "c"), ("a b\n", "b\n\nc", "\nc"), ("a b", " \n b c", " c"), ("a\nb", "a b c", " c"), ("a b", "a\n\n b\n\nc", "\n\nc"),
+    ("a\n", "\nb", "b"), ("a\n", "\n\nb", "\nb"), ("a ", " b", "b"), ("a\n", "  b", "  b"), ("a \n", "\n", "\n"), ("a b\n", "b\n", ""), ("a ", "  ", " "),
+    # a word that was cut
+    ("w2 wor", "w2 word3 w4", "d3 w4"), ("so wor", "word by", "d by"), ('{"n', '"name"', 'ame"'), ("- a", "- apple", "pple"), ("the a", "the apple", "pple"), ("my well-kno", "well-known", "wn"), ("my well-kno", "known", "wn"),
+    ("I have a", "apple tree", " apple tree"), ("I have a ", "apple tree", "apple tree"), ("see the ", "theory", "theory"), ("I have a", "a tree", " tree"),
+    # what is no overlap: part of a word, numbers, apostrophes, brackets
+    ("bana", "na split", " na split"), ("costs 1.", "5 and", "5 and"), ("costs 1,000,", "000,000", "000,000"), ("costs 3", "3,000", ",000"), ("I don't", "t", " t"), ("I don'", "t", "t"),
+    ("[[1]", "]", "]"), ("{\n  }\n", "}", "}"), ("\n}", "\n}", "\n}"), ("}\n  }\n", "}\n}", "}\n}"), ("[1,1,", "1,1]", "1,1]"), ("[-1,-1,", "-1,1]", "-1,1]"), ("in 20", "24", "24"), ("my_", "name", "name"), ("my", "_name", "_name"), ("1", ".5", ".5"),
+    # scripts without spaces
+    ("今日は天", "気です", "気です"), ("今日は天", "は天気です", "気です"), ("今日は天", "今日は天気", "気"), ("人", "人都", "人都"), ("谢谢，", "谢，你", "你"), ("使用Py", "Python", "thon"), ("한국", "한국 말", " 말"),
+    ("한국", "말", " 말"), ("使用", "Python", "Python"),
+    # words that lost their space
+    ("one two", "three", " three"), ("one two,", "three", "three"), ("a.", "com", "com"), ("été", "né", " né"), ("go to example", ".com", ".com")])
+def test_an_answer_that_goes_on_repeats_nothing_however_it_is_split(said, text, goes_on):
+    for size in SPLITS:
+        events = [*texts(*pieces(text, size)), Usage(1, 2), Done("stop")]
+        assert joined(cliproxy.after_seam(iter(events), said, False)) == (goes_on, [Usage(1, 2), Done("stop")]), size
+
+
+@pytest.mark.parametrize("said, text, goes_on", [
+    ("I have a", "apple tree", "pple tree"), ("I have a ", "apple", "apple"), ("one tw", "o three", "o three"), ("one tw", "two three", "o three"), ("one two", " three", " three")])
+def test_a_stream_that_cuts_words_goes_on_inside_a_word(said, text, goes_on):
+    for size in SPLITS:
+        assert joined(cliproxy.after_seam(iter([*texts(*pieces(text, size)), Done("stop")]), said, True)) == (goes_on, [Done("stop")]), size
+
+
+@pytest.mark.parametrize("stream, inside", [
+    (["one ", "two ", "three"], False), (["one", " two", " three"], False), (["one", " tw", "o", " th", "ree"], False), (["on", "e t", "wo", "th", "ree"], True),
+    (["日", "本", "語"], True), (["a", "", "b"], True), (["a"], False), ([], False), (["a", "b", " c"], False)])
+def test_a_stream_cuts_words_if_most_of_its_pieces_do(stream, inside):
+    assert cliproxy.cuts_words(stream) is inside
+
+
+def test_text_that_cannot_become_a_repetition_is_not_held_back():
+    events = cliproxy.after_seam(iter(texts("w", "1", " w", "4", " w5", " w6")), "w1 w2 w3", False)
+    assert next(events) == Text(" w1 w4") and next(events) == Text(" w5")
+    events = cliproxy.after_seam(iter(texts("w2 ", "w3", ",", " w4")), "w1 w2 w3", False)
+    assert next(events) == Text(",") and next(events) == Text(" w4")
+    events = cliproxy.after_seam(iter(texts("Two.", "\n", "\n")), "One. Two.", False)
+    assert next(events) == Text("\n") and next(events) == Text("\n")
+    for piece in ("y", "1"):
+        assert next(cliproxy.after_seam(iter(texts(piece)), "w1 wx", False)) == Text(" " + piece)
+
+
+def test_other_events_pass_while_text_is_held_back_and_thinking_is_dropped():
+    events = [Thinking("x"), Text("w2"), Waiting(), Thinking("w3"), Usage(1), Text(""), Text(" w"), Usage(2), Done("length")]
+    assert list(cliproxy.after_seam(iter(events), "w1 w2 w3", False)) == [Waiting(), Usage(1), Usage(2), Text(" w2 w"), Done("length")]
+    assert list(cliproxy.after_seam(iter([Thinking("x"), Text(" a"), Done("stop")]), "", False)) == [Text(" a"), Done("stop")]
+
+
+def test_text_held_back_is_dropped_with_an_error():
+    def events():
+        yield Text("w1 ")
+        raise ValueError
+    came = []
+    with pytest.raises(ValueError):
+        came.extend(cliproxy.after_seam(events(), "w1 w2", False))
+    assert came == []
+
+
+@pytest.mark.parametrize("said, text", [
+    ("w1 w2 " * 30000, "w1 w2 " * 30000), ("a " * 50000, "a " * 20000 + "b"), ("a" * 100000, "a" * 100000), ("日本" * 50000, "日本" * 40000 + "語"), ("ab " * 9000, "ab " * 30000)])
+def test_a_long_answer_that_repeats_itself_is_compared_in_one_pass(said, text):
+    looked = []
+
+    class Said(str):
+        def __getitem__(self, at):
+            looked.append(at)
+            return str.__getitem__(self, at)
+    overlap = cliproxy.Overlap(said, False)
+    overlap.said = Said(overlap.said)
+    overlap.add([*text, ""])
+    assert len(looked) <= 2 * (len(said) + len(text))
+
+
 @pytest.fixture
 def router(tmp_path, monkeypatch):
     """A Router that runs nothing, on a PATH with all CLIs but qwen."""
@@ -3074,6 +3425,50 @@ def test_a_model_whose_cli_is_missing_is_an_error_that_says_how_to_install_it(ro
         router.resolve(model)
     assert e.value.message == ("qwen is not installed on this machine: there is no `qwen` on the PATH. Install it: npm install -g @qwen-code/qwen-code; "
                                'then run "qwen auth", or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL')
+
+
+@pytest.fixture
+def routed(router):
+    router._routes = cliproxy.load_routes(BUILTIN, ["mine=gemini/flash,claude,sonnet,qwen", "claude-x*=gemini", "claude-xy*=codex", "opus=gemini,claude/opus", "*=claude/haiku"])
+    return router
+
+
+@pytest.mark.parametrize("model, steps", [
+    ("mine", "gemini/gemini-2.5-flash claude/sonnet"), ("opus", "gemini/gemini-2.5-pro claude/opus"), ("claude", "claude/sonnet"), ("claude/opus", "claude/opus"), ("sonnet", "claude/sonnet"),
+    ("flash", "gemini/gemini-2.5-flash"), ("claude-x9", "gemini/gemini-2.5-pro"), ("claude-xy9", "codex/gpt-5.5"), ("claude-y", "claude/claude-y"), ("llama3", "claude/haiku"),
+    ("gpt-4o", "codex/gpt-5.5 claude/sonnet gemini/gemini-2.5-pro"), ("gpt-4.1-mini", "codex/gpt-5.5 claude/haiku gemini/gemini-2.5-flash"), ("gpt-5.9", "codex/gpt-5.9"), ("gpt-5.5", "codex/gpt-5.5"),
+    ("o3-mini", "codex/gpt-5.5 claude/opus gemini/gemini-2.5-pro"), ("claude-3-5-sonnet-20241022", "claude/sonnet"), ("claude-3-opus-latest", "claude/opus"), ("claude-sonnet-4-5", "claude/claude-sonnet-4-5"),
+    ("gemini-1.5-pro", "gemini/gemini-2.5-pro"), ("gemini-2.0-flash", "gemini/gemini-2.5-flash"), ("auto", "claude/sonnet codex/gpt-5.5 gemini/gemini-2.5-pro")])
+def test_a_model_name_is_a_cascade_of_those_who_are_here(routed, model, steps):
+    assert " ".join(step.key for step in routed.cascade(model)) == steps
+
+
+def test_who_is_known_to_be_logged_out_is_asked_last(routed):
+    routed.logged_in.update(claude=False, gemini=True)
+    assert [step.key for step in routed.cascade("auto")] == ["codex/gpt-5.5", "gemini/gemini-2.5-pro", "claude/sonnet"]
+
+
+def test_routes_that_somebody_can_serve_are_models(routed):
+    owners = dict(routed.models())
+    assert owners["gpt-4o"] == owners["auto"] == owners["mine"] == "cliproxy" and owners["sonnet"] == owners["claude-haiku-4-5"] == "claude" and not any("*" in name for name in owners)
+    routed.logged_in.update(claude=False, gemini=False, codex=False)
+    assert not {"gpt-4o", "auto", "mine"} & set(dict(routed.models())) and "sonnet" in dict(routed.models())
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("x", "--route x: expected NAME=STEP,STEP such as gpt-4o=claude/sonnet,gemini"), ("=claude", "--route =claude: expected NAME"), ("x=", 'the route x: expected a provider, provider/model or a model that one of them lists, found ""'),
+    ("x=claude,", "the route x: expected"), ("x=claude,other/y", 'the route x: expected a provider, provider/model or a model that one of them lists, found "other/y"; the providers are claude, gemini, codex, qwen, echo'),
+    ("x=auto", 'the route x: expected a provider, provider/model or a model that one of them lists, found "auto"')])
+def test_a_route_to_nobody_is_a_mistake(flag, words):
+    with pytest.raises(cliproxy.ConfigError) as e:
+        cliproxy.load_routes(BUILTIN, [flag])
+    assert str(e.value).startswith(words)
+
+
+def test_a_route_of_a_file_is_laid_over_the_built_in_ones_and_null_removes_it(providers_file):
+    config = cliproxy.merged_providers([providers_file({"routes": {"gpt-4o": ["gemini"], "auto": None, "*": ["claude"]}, "providers": {"qwen": None}})])
+    routes = cliproxy.load_routes(config, ["auto=codex"])
+    assert (routes["gpt-4o"], routes["auto"], routes["*"]) == (["gemini"], ["codex"], ["claude"]) and routes["gpt-4o-mini"] == ["codex", "claude/haiku", "gemini/gemini-2.5-flash"]
 
 
 def until(s, words):
@@ -3299,14 +3694,14 @@ def test_a_waiting_client_that_leaves_gives_its_place_up(proxy):
 def test_each_time_out_before_the_end_is_a_504_that_names_it(proxy, stage, steps):
     proxy.play("claude-" + stage, *steps)
     answered = proxy.ask("claude-" + stage)
-    assert answered.error == (504, "server_error", "provider_timeout", None) and answered.retry == ("false", None)
-    assert answered.message.startswith(f"no answer within the {stage} time-out of ")
+    assert answered.error == (504, "server_error", f"{stage}_timeout", None) and answered.retry == ("false", None)
+    assert answered.message.startswith(f"claude-{stage} gave no answer within the {stage} time-out of ")
 
 
 def test_a_cli_that_falls_silent_ends_the_stream_with_an_error(proxy):
     proxy.play("claude-idle", ["begin"], ["say", ["w"]], ["wait", "never"])
     frames = proxy.ask("claude-idle", stream=True).frames
-    assert frames[-1]["error"]["code"] == "provider_timeout" and frames[-1]["error"]["message"].startswith("no answer within the idle time-out of 0.3 s")
+    assert frames[-1]["error"]["code"] == "idle_timeout" and frames[-1]["error"]["message"].startswith("claude-idle gave no answer within the idle time-out of 0.3 s")
     assert frames[-2]["choices"][0]["delta"] == {"content": "w"}
 
 
@@ -3329,7 +3724,7 @@ def test_a_cli_that_no_strategy_understands_is_an_error(proxy):
     proxy.install("claude-changed")
     answered = proxy.ask("claude-changed")
     assert answered.error == (502, "server_error", "provider_crashed", None)
-    proxy.play("claude-changed", ["begin"], ["say", ["w"]], ["line", {"type": "over"}], ["exit", 0])
+    proxy.play("claude-changed", ["begin"], ["say", ["w"]], ["line", {"type": "over"}], ["exit", 0], text=[["exit", 0]])
     proxy.install("claude-changed")
     frames = proxy.ask("claude-changed", stream=True).frames
     assert frames[-1]["error"]["message"].startswith("claude-changed ") and frames[-1]["error"]["code"] == "provider_crashed"
@@ -3366,7 +3761,7 @@ def test_qwen_fails_as_soon_as_its_log_tells_of_the_first_retry(proxy):
 
 FAILS = [       # what each CLI does on its way to an error, and how the answer looks: (status, type, code, param), (x-should-retry, retry-after)
     ("claude", [["begin"], ["fail", "Not logged in · Please run /login", None], ["exit", 1]], (401, "authentication_error", "not_logged_in", None), ("false", None)),
-    ("claude", [["begin"], ["fail", "API Error: Request rejected (429) · slow down", 429], ["exit", 1]], (429, "rate_limit_error", "rate_limit_exceeded", None), ("true", None)),
+    ("claude", [["begin"], ["fail", "API Error: Request rejected (429) · slow down", 429], ["exit", 1]], (429, "rate_limit_error", "rate_limit_exceeded", None), ("true", "5")),
     ("claude", [["begin"], ["fail", "Prompt is too long", 400], ["exit", 1]], (400, "invalid_request_error", "context_length_exceeded", "messages"), ("false", None)),
     ("claude", [["begin"], ["fail", "There's an issue with the selected model (x).", 404], ["exit", 1]], (404, "invalid_request_error", "model_not_found", "model"), (None, None)),
     ("claude", [["begin"], ["fail", "API Error: 500 x", 500], ["exit", 1]], (500, "server_error", "provider_server_error", None), ("true", None)),
@@ -3422,6 +3817,287 @@ def test_a_failure_after_the_first_word_ends_the_stream_with_an_error_and_nothin
 def test_half_an_answer_is_no_answer_when_it_is_not_streamed(proxy, name, steps, code):
     proxy.play(name, *steps)
     assert proxy.ask(name).error[2] == code
+
+
+# --- failover ---
+
+BUSY = [["begin"], ["fail", "API Error: 529 overloaded", 529], ["exit", 1]]
+# what goes wrong at claude before its first word, and what that is called
+PASSED_ON = [
+    ([["begin"], ["fail", "Not logged in · Please run /login", None], ["exit", 1]], "not_logged_in"), ([["begin"], ["fail", "Failed to authenticate. API Error: 401 no", 401], ["exit", 1]], "provider_authentication_failed"),
+    ([["begin"], ["fail", "Failed to authenticate. API Error: 403 no", 403], ["exit", 1]], "provider_permission_denied"), ([["begin"], ["fail", "API Error: Request rejected (429) · slow", 429], ["exit", 1]], "rate_limit_exceeded"),
+    ([["begin"], ["fail", "You've hit your session limit · resets 2:13am (UTC)", 429], ["exit", 1]], "insufficient_quota"), ([["begin"], ["fail", "Credit balance is too low", 400], ["exit", 1]], "insufficient_quota"),
+    ([["begin"], ["fail", "Prompt is too long", 400], ["exit", 1]], "context_length_exceeded"), ([["begin"], ["fail", "There's an issue with the selected model (x).", 404], ["exit", 1]], "model_not_found"),
+    ([["begin"], ["fail", "API Error: 500 x", 500], ["exit", 1]], "provider_server_error"), (BUSY, "overloaded"), ([["begin"], ["fail", "API Error: Unable to connect to API (ConnectionRefused)", None], ["exit", 1]], "provider_unreachable"),
+    ([["kill", 9]], "provider_crashed"), ([["exit", 0]], "provider_crashed")]
+
+
+@pytest.mark.parametrize("steps, code", PASSED_ON, ids=[f"{code}-{i}" for i, (_, code) in enumerate(PASSED_ON)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_before_the_first_word_is_not_seen_if_another_provider_answers(proxy, steps, code, stream):
+    proxy.play("claude", *steps)
+    before = len(proxy.lines("method=POST"))
+    answered = proxy.ask("two", stream=stream)
+    assert (said(answered.frames)[0][0] if stream else answered.text) == "".join(HELLO)
+    assert [answered.headers["x-cliproxy-" + h] for h in ("provider", "model", "attempts", "tried")] == ["gemini", "gemini-2.5-pro", "2", f"claude/sonnet={code}, gemini/gemini-2.5-pro=ok"]
+    assert re.search(r"failover;dur=\d", answered.headers["Server-Timing"])
+    line = eventually("it is logged", lambda: proxy.lines("method=POST")[before:])[-1]
+    assert f'tried="claude/sonnet={code}, gemini/gemini-2.5-pro=ok" failover_ms=' in line
+
+
+@pytest.mark.parametrize("steps, error", [
+    ([["begin"], ["fail", "API Error: 400 what is this", 400], ["exit", 1]], (400, "invalid_request_error", "invalid_value", None))])
+def test_what_the_client_has_to_mend_is_not_taken_to_the_next_provider(proxy, steps, error):
+    proxy.play("claude", *steps)
+    assert proxy.ask("two").error == error and proxy.runs("gemini") == 0 and proxy.request("GET", "/admin/breakers").json["data"] == []
+
+
+def test_a_refusal_is_an_answer(proxy):
+    proxy.play("claude", ["begin"], ["end", "refusal"])
+    assert proxy.ask("two").json["choices"][0]["finish_reason"] == "content_filter" and proxy.runs("gemini") == 0
+
+
+def test_a_step_that_cannot_carry_the_request_is_passed_over(proxy):
+    picture = [{"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}]}]
+    answered = proxy.ask("pictures", picture)
+    assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-tried"] == "claude-text/default=invalid_value, echo/echo=invalid_value, gemini/gemini-2.5-pro=ok"
+    assert proxy.runs("claude-text") == 0
+
+
+def test_three_may_fail_before_the_request_does_and_then_the_error_that_helps_most_is_told(proxy):
+    proxy.play("claude", *BUSY)
+    proxy.play("gemini", ["begin"], ["fail", "[API Error: You exceeded your current quota.\nSuggested retry after 34s.]"], ["exit", 173])
+    proxy.play("codex", ["begin"], ["fail", "You've hit your usage limit. Try again later.", None], ["exit", 1])
+    answered = proxy.ask("three")
+    assert answered.error == (429, "rate_limit_error", "rate_limit_exceeded", None) and answered.retry == ("true", "34")
+    assert answered.message.startswith("none of the 3 providers of `three` could answer: claude's service is overloaded: ") and "; gemini is rate limited: " in answered.message and "; codex has used up its limit: " in answered.message
+    again = proxy.ask("three")                      # gemini and codex are not asked again, claude is
+    assert again.error == answered.error and again.retry[0] == "true" and 30 <= int(again.retry[1]) <= 34
+    assert (proxy.runs("claude"), proxy.runs("gemini"), proxy.runs("codex")) == (2, 1, 1)
+
+
+def test_a_provider_without_a_free_slot_is_passed_over_while_another_has_one(proxy):
+    proxy.play("claude-single", ["begin"], ["say", ["w"]], ["wait", "go"], ["end"])
+    with proxy.started("claude-single") as first:
+        until(first, b'"w"')
+        answered = proxy.ask("narrow")
+        assert answered.headers["x-cliproxy-provider"] == "gemini" and answered.headers["x-cliproxy-attempts"] == "1"
+        proxy.touch("go")
+        until(first, b"[DONE]")
+
+
+def test_while_there_is_somebody_else_less_is_waited_for_the_first_word(proxy):
+    proxy.play("claude-failover", ["begin"], ["wait", "never"])
+    assert proxy.ask("silent").headers["x-cliproxy-tried"] == "claude-failover/default=first_timeout, gemini/gemini-2.5-pro=ok"
+
+
+def test_a_client_that_leaves_while_the_next_provider_is_asked_ends_that(proxy):
+    proxy.play("claude", *BUSY)
+    proxy.play("gemini", ["begin"], ["touch", "up"], ["wait", "never"])
+    with proxy.started("two"):
+        eventually("the next one is asked", lambda: proxy.exists("up"))
+    eventually("no CLI is left", lambda: not proxy.running())
+    assert proxy.request("GET", "/v1/usage").json["providers"]["gemini"]["models"]["gemini-2.5-pro"]["outcomes"]["cancelled"] >= 1
+
+
+# --- circuit breakers in use ---
+
+
+def test_a_provider_that_keeps_failing_is_left_alone_and_tried_again_after_its_time(proxy):
+    proxy.play("claude-brittle", *BUSY)
+    assert proxy.ask("claude-brittle").error[2] == "overloaded"
+    answered = proxy.ask("claude-brittle")
+    assert answered.error == (503, "server_error", "provider_paused", None) and answered.retry == ("true", "1") and proxy.runs("claude-brittle") == 1
+    row = proxy.request("GET", "/health").json["breakers"]["claude-brittle/default"]
+    assert row["state"] == "open" and row["retry_after"] <= 0.3
+    eventually("it is half-open", lambda: proxy.request("GET", "/health").json["breakers"]["claude-brittle/default"]["state"] == "half-open")
+    proxy.play("claude-brittle", ["begin"], ["touch", "asked"], ["wait", "go"], ["say", ["w"]], ["end"])
+    with proxy.started("claude-brittle") as probe:
+        eventually("the probe is out", lambda: proxy.exists("asked"))
+        assert {proxy.ask("claude-brittle").status for _ in range(20)} == {503} and proxy.runs("claude-brittle") == 2
+        proxy.touch("go")
+        until(probe, b"[DONE]")
+    assert proxy.ask("claude-brittle").text == "w" and proxy.request("GET", "/health").json["breakers"] == {}
+    assert [re.search("state=[a-z]+", line).group() for line in proxy.lines("event=breaker key=claude-brittle/")][-2:] == ["state=open", "state=closed"]
+
+
+def test_a_breaker_can_be_reset_by_hand(proxy):
+    proxy.play("claude", ["begin"], ["fail", "You've hit your session limit", 429, time.time() + 5000], ["exit", 1])
+    assert proxy.ask("claude").retry[0] == proxy.ask("opus").retry[0] == "false" and proxy.ask("claude").error[2] == "insufficient_quota" and proxy.runs("claude") == 2
+    rows = {row["id"]: row for row in proxy.request("GET", "/v1/admin/breakers").json["data"]}
+    assert rows.keys() == {"claude/sonnet", "claude/opus"} and 4900 < rows["claude/opus"]["retry_after"] <= 5000 and "session limit" in rows["claude/opus"]["why"]
+    proxy.play("claude")
+    assert proxy.request("POST", "/admin/breakers/claude/opus/reset").json == {"reset": ["claude/opus"]} and proxy.ask("opus").status == 200 and proxy.ask("claude").status == 429
+    assert proxy.post({}, "/v1/admin/breakers/claude/reset").json == {"reset": ["claude/sonnet"]} and proxy.ask("claude").status == 200
+    assert proxy.request("POST", "/admin/breakers/nobody/reset").status == 404 and proxy.request("GET", "/admin/breakers/claude/reset").status == 405
+    assert proxy.request("POST", "/admin/breakers/claude/reset", headers={"Origin": "http://evil.example"}).status == 403
+
+
+def test_an_open_breaker_outlives_a_restart_and_doctor_tells_of_it(serve):
+    proxy = serve(clis=["claude"], scripts={"claude": {"steps": [["begin"], ["fail", "You've hit your session limit", 429, time.time() + 5000], ["exit", 1]]}})
+    assert proxy.ask("claude").error[2] == "insufficient_quota" and proxy.runs("claude") == 1
+    proxy.stop()
+    again = serve(clis=["claude"], env={"XDG_STATE_HOME": proxy.env["XDG_STATE_HOME"]})
+    answered = again.ask("claude")
+    assert answered.error[2] == "insufficient_quota" and 4900 < int(answered.retry[1]) <= 5000 and again.runs("claude") == 0
+    again.stop()
+    told = again.doctor("claude").stdout
+    assert re.search(r"claude/sonnet is not asked for another \d{4} s: claude has used up its limit: You've hit your session limit", told), told
+
+
+def test_limits_that_a_cli_tells_of_are_shown_and_close_it_until_they_reset(serve):
+    at = int(time.time()) + 3000
+    told = [["begin"], ["line", {"type": "rate_limit_event", "rate_limit_info": {"status": "allowed_warning", "resetsAt": at, "rateLimitType": "five_hour", "utilization": 0.92}}], ["say", ["w"]], ["end"]]
+    proxy = serve(clis=["claude"], scripts={"claude": {"runs": [told, [["begin"], ["fail", "You've hit your session limit", 429, at], ["exit", 1]]]}})
+    answered = proxy.ask("claude")
+    assert answered.headers["x-ratelimit-remaining-percent"] == "8" and 2900 < int(answered.headers["x-ratelimit-reset-percent"][:-1]) <= 3000
+    usage = proxy.request("GET", "/v1/usage").json
+    assert usage["providers"]["claude"]["limits"] == [{"window": "five_hour", "used_percent": 92.0, "resets_at": at}]
+    assert usage["providers"]["claude"]["models"]["sonnet"] == {"requests": 1, "outcomes": {"ok": 1}, "input_tokens": 72, "cached_tokens": 10, "output_tokens": 6, "reasoning_tokens": 0}
+    assert usage["keys"] == {"none": {"requests": 1, "input_tokens": 72, "cached_tokens": 10, "output_tokens": 6, "reasoning_tokens": 0}}
+    assert 2900 < int(proxy.ask("claude").retry[1]) <= 3000 and proxy.request("GET", "/v1/usage").json["providers"]["claude"]["limits"][0]["used_percent"] == 100
+
+
+def test_the_ledger_knows_the_limits_that_still_hold():
+    ledger, now = cliproxy.Ledger(), time.time()
+    ledger.limit("claude", Limit("five_hour", 100, now + 60))
+    ledger.limit("claude", Limit("seven_day", 100, now + 600))
+    ledger.limit("claude", Limit("old", 100, now - 1))
+    ledger.limit("codex", Limit("primary", 99.5, now + 60))
+    assert [limit.window for limit in ledger.limits("claude")] == ["five_hour", "seven_day"] and 599 < ledger.resets_in("claude") <= 600
+    assert ledger.resets_in("codex") is None and ledger.resets_in("gemini") is None
+
+
+# --- hedging ---
+
+
+def test_if_the_first_has_no_word_in_time_the_next_is_asked_too_and_who_speaks_first_answers(proxy):
+    proxy.play("claude-hedged", ["begin"], ["wait", "never"])
+    for stream in (False, True):
+        answered = proxy.ask("hedged", stream=stream)
+        assert (said(answered.frames)[0][0] if stream else answered.text) == "".join(HELLO) and answered.headers["x-cliproxy-provider"] == "gemini"
+        eventually("the one that was too slow is ended", lambda: not proxy.running())
+    assert proxy.runs("codex") == 0 and proxy.request("GET", "/admin/breakers").json["data"] == []
+
+
+def test_the_first_may_still_be_the_first_to_speak(proxy):
+    proxy.play("claude-hedged", ["begin"], ["wait", "go"], ["say", ["slow ", "but ", "sure"]], ["end"])
+    proxy.play("gemini", ["begin"], ["touch", "go"], ["wait", "never"])
+    answered = proxy.ask("hedged")
+    assert answered.text == "slow but sure" and set(answered.headers["x-cliproxy-tried"].split(", ")) == {"claude-hedged/default=ok", "gemini/gemini-2.5-pro=cancelled"}
+
+
+def test_a_hedge_that_fails_is_followed_by_the_next_and_a_first_that_fails_by_the_hedge(proxy):
+    proxy.play("claude-hedged", ["begin"], ["wait", "never"])
+    proxy.play("gemini", ["exit", 3])
+    assert proxy.ask("hedged").headers["x-cliproxy-provider"] == "codex"
+    proxy.reset().play("claude-hedged", *BUSY)
+    answered = proxy.ask("hedged")
+    assert answered.headers["x-cliproxy-tried"] == "claude-hedged/default=overloaded, gemini/gemini-2.5-pro=provider_crashed, codex/gpt-5.5=ok"
+    proxy.reset().play("claude-hedged", ["begin"], ["wait", "go"], ["fail", "API Error: 400 what is this", 400], ["exit", 1])
+    proxy.play("gemini", ["begin"], ["touch", "go"], ["wait", "never"])
+    assert proxy.ask("hedged").error == (400, "invalid_request_error", "invalid_value", None)
+
+
+def test_a_client_that_leaves_ends_both(proxy):
+    proxy.play("claude-hedged", ["begin"], ["wait", "never"])
+    proxy.play("gemini", ["begin"], ["touch", "up"], ["wait", "never"])
+    with proxy.started("hedged"):
+        eventually("both are asked", lambda: proxy.exists("up"))
+    eventually("no CLI is left", lambda: not proxy.running())
+
+
+# --- continuation ---
+
+DIES = [["kill", 9]]
+WELL = ["w1 ", "w2 ", "w3 ", "w4 ", "w5 ", "w6"]
+
+
+def say(*words):
+    return [["begin"], ["say", list(words)]]
+
+
+@pytest.mark.parametrize("again", [WELL[3:], WELL[2:], WELL[:], [" w4 ", *WELL[4:]], ["w2 w3", " w4 w5 w6"]], ids=["exactly", "one-word", "whole", "space", "two-words"])
+@pytest.mark.parametrize("model, second", [("claude", "claude"), ("two", "claude"), ("two", "gemini")])
+def test_an_answer_that_breaks_off_is_continued_and_nothing_is_lost_or_doubled(proxy, model, second, again):
+    whole, rest = [*say(*WELL[:3]), *DIES], [*say(*again), ["end"]]
+    proxy.play("claude", runs=[whole, rest if second == "claude" else DIES], reveal=True)
+    proxy.play("gemini", *rest, reveal=True)
+    answered = proxy.ask(model, stream=True)
+    frames = answered.frames
+    comment = frames.pop(-2)
+    assert said(frames) == [(" ".join(w.strip() for w in WELL), "", "stop")]
+    assert comment.startswith(": cliproxy seams=1 at=9 tried=claude/sonnet=provider_crashed, ") and comment.endswith("=ok")
+    seen = proxy.given(second, 1 if second == "claude" else 0)
+    history = "".join(seen["files"].values())
+    assert "w1 w2 w3 " in history and cliproxy.CONTINUE in seen["stdin"] + history and "Hi" in history
+
+
+def test_a_whole_answer_that_was_continued_says_so_in_its_headers(proxy):
+    proxy.play("claude", runs=[[*say("w1 ", "w2 "), *DIES], [*say("w2 w3 "), *DIES], [*say("w4"), ["end"]]])
+    answered = proxy.ask("claude")
+    assert answered.text == "w1 w2 w3 w4" and answered.headers["x-cliproxy-seams"] == "2" and answered.headers["x-cliproxy-params"] == "usage=estimated"
+    assert answered.headers["x-cliproxy-tried"] == "claude/sonnet=provider_crashed, claude/sonnet=provider_crashed, claude/sonnet=ok"
+    assert len(proxy.lines("event=broke-off provider=claude/sonnet")) >= 2
+
+
+def test_there_are_two_seams_at_most(proxy):
+    proxy.play("claude", runs=[[*say(f"w{i} "), *DIES] for i in range(9)])
+    frames = proxy.ask("claude", stream=True).frames
+    assert [f["choices"][0]["delta"] for f in frames[:-1]][1:] == [{"content": f"w{i} "} for i in range(3)] and frames[-1]["error"]["code"] == "provider_crashed"
+    assert proxy.runs("claude") == 3
+
+
+def test_an_attempt_that_comes_to_nothing_is_followed_by_the_next_provider_and_is_no_seam(proxy):
+    proxy.play("claude", runs=[[*say("w1 "), *DIES], DIES])
+    proxy.play("gemini", *say("w1 w2"), ["end"])
+    answered = proxy.ask("two")
+    assert answered.text == "w1 w2" and answered.headers["x-cliproxy-seams"] == "1" and answered.headers["x-cliproxy-provider"] == "gemini"
+    assert answered.headers["x-cliproxy-tried"] == "claude/sonnet=provider_crashed, claude/sonnet=provider_crashed, gemini/gemini-2.5-pro=ok"
+
+
+def test_if_nobody_goes_on_the_error_is_that_of_the_break(proxy):
+    proxy.play("claude", runs=[[*say("w1 "), ["fail", "API Error: Connection to the API was lost (ECONNRESET).", None], ["exit", 1]], DIES])
+    proxy.play("gemini", *DIES)
+    frames = proxy.ask("two", stream=True).frames
+    assert frames[-1]["error"]["code"] == "provider_unreachable" and frames[-2]["choices"][0]["delta"] == {"content": "w1 "}
+
+
+def test_a_service_that_fails_in_mid_answer_is_not_asked_to_go_on(proxy):
+    proxy.play("claude", *say("w1 "), ["fail", "API Error: Overloaded", None], ["exit", 1])
+    proxy.play("gemini", *say("w1 w2"), ["end"])
+    assert proxy.ask("two").headers["x-cliproxy-tried"] == "claude/sonnet=overloaded, gemini/gemini-2.5-pro=ok" and proxy.runs("claude") == 1
+
+
+def test_thinking_is_not_repeated(proxy):
+    proxy.play("claude", runs=[[["begin"], ["think", ["hm"]], *DIES], [["begin"], ["think", ["hm"]], ["say", ["w1 "]], *DIES], [["begin"], ["think", ["hm"]], ["say", ["w1 w2"]], ["end"]]], reveal=True)
+    frames = proxy.ask("claude", stream=True).frames
+    frames.pop(-2)
+    assert said(frames) == [("w1 w2", "hm", "stop")]
+    assert cliproxy.CONTINUE not in proxy.given("claude", 1)["stdin"] and cliproxy.CONTINUE in proxy.given("claude", 2)["stdin"]
+
+
+def test_json_is_not_continued(proxy):
+    proxy.play("gemini", runs=[[*say('{"a": '), ["fail", "[API Error: terminated]"], ["exit", 1]], [*say("1}"), ["end"]]])
+    assert proxy.ask("gemini", response_format={"type": "json_object"}).error[2] == "provider_unreachable" and proxy.runs("gemini") == 1
+
+
+def test_what_is_left_of_max_tokens_is_asked_for(proxy):
+    proxy.play("claude", runs=[[*say("w1 w2 w3"), *DIES], [*say("w4"), ["end"]]], reveal=True)
+    assert proxy.ask("claude", max_tokens=10).text == "w1 w2 w3 w4" and [proxy.given("claude", i)["env"]["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] for i in (0, 1)] == ["10", "8"]
+
+
+def test_nothing_is_continued_if_that_is_not_wanted(serve):
+    proxy = serve(["--no-continue"], clis=["claude"], scripts={"claude": {"steps": [*say("w1 "), *DIES]}})
+    assert proxy.ask("claude", stream=True).frames[-1]["error"]["code"] == "provider_crashed" and proxy.runs("claude") == 1
+
+
+def test_residents_go_on_with_the_answer_of_one_that_was_killed(staying):
+    proxy = staying("codex", alone=True)
+    proxy.play("codex", runs=[[["begin"], ["say", ["served"]], ["end"]], [["begin"], ["say", ["w1 ", "w2 "]], ["kill", signal.SIGKILL]], [["begin"], ["say", ["w2 ", "w3"]], ["end"]]])
+    assert proxy.ask("codex").text == "served"
+    assert proxy.ask("codex").text == "w1 w2 w3"
+    assert conversation(asked(proxy, "codex", 2)) == [("user", "Hi"), ("assistant", "w1 w2 "), ("user", cliproxy.CONTINUE)]
 
 
 def test_a_killed_cli_is_named_with_its_signal(proxy):
@@ -3629,8 +4305,9 @@ def test_models_are_what_can_be_served_now_and_no_process_is_started_for_the_lis
         f.write(f"#!/bin/sh\necho started >>'{proxy.path('started')}'\n")
     answers = [proxy.request("GET", path).json for path in ("/v1/models", "/models", "/v1/models/", "/v1/models?limit=1000")]
     assert all(a == answers[0] for a in answers) and answers[0]["object"] == "list"
-    names = ["claude", *BUILTIN["providers"]["claude"]["models"]["names"], "echo"]
-    assert answers[0]["data"] == [{"id": n, "object": "model", "created": answers[0]["data"][0]["created"], "owned_by": "echo" if n == "echo" else "claude"} for n in names]
+    known = BUILTIN["providers"]["claude"]["models"]
+    owners = {**dict.fromkeys(["claude", *known["names"], *known["aliases"]], "claude"), "echo": "echo", **dict.fromkeys(["auto", "gpt-4o", "gpt-4o-mini"], "cliproxy")}
+    assert answers[0]["data"] == [{"id": n, "object": "model", "created": answers[0]["data"][0]["created"], "owned_by": owner} for n, owner in owners.items()]
     for path, name in (("/v1/models/claude", "claude"), ("/v1/models/claude%2Fopus", "claude/opus"), ("/models/claude/opus", "claude/opus"), ("/v1/models/claude-new-9", "claude-new-9")):
         assert proxy.request("GET", path).json == {"id": name, "object": "model", "created": answers[0]["data"][0]["created"], "owned_by": "claude"}
     assert proxy.request("GET", "/v1/models/nothing").error == (404, "invalid_request_error", "model_not_found", "model")
@@ -3676,7 +4353,7 @@ def test_options_say_what_is_allowed(proxy, path, allow):
 
 def test_health_names_what_is_installed(proxy):
     for path in ("/health", "/", "/v1"):
-        assert proxy.request("GET", path).json == {"status": "ok", "version": cliproxy.VERSION, "providers": [*BUILTIN_NAMES, *VARIANTS]}
+        assert proxy.request("GET", path).json == {"status": "ok", "version": cliproxy.VERSION, "providers": [*BUILTIN_NAMES, *VARIANTS], "breakers": {}}
 
 
 def test_many_requests_go_over_one_connection(proxy):
