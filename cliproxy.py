@@ -529,6 +529,7 @@ BUILTIN_PROVIDERS = r'''{
     "reset": [
       "(?:retry after|reset after|retry_after|retry-after|try again in)\\W{0,3}(?P<duration>\\d+(?:\\.\\d+)?(?:h\\d*m?|m|s)?[\\dhms.]*)",
       "try again at (?P<date>[A-Z][a-z]{2} \\d+[a-z]{2}, \\d{4} \\d+:\\d+ [AP]M)",
+      "try again at (?P<clock>\\d+:\\d+ [AP]M)",
       "resets (?:at )?(?P<clock>\\d+(?::\\d+)?[ap]m) \\((?P<zone>[A-Za-z_/+-]+)\\)"
     ]
   },
@@ -792,6 +793,7 @@ BUILTIN_PROVIDERS = r'''{
         }
       ],
       "errors": [
+        {"error": "rate_limit", "match": "exceeded your current quota"},
         {"error": "not_logged_in", "exit": [41]},
         {"error": "refusal", "match": "blocked due to safety"},
         {"error": "not_logged_in", "match": "API key is missing or not configured|Could not load the default credentials"},
@@ -1413,14 +1415,14 @@ def load_providers(config: Mapping[str, Any]) -> Dict[str, Provider]:
 
 
 def load_routes(config: Mapping[str, Any], flags: Sequence[str]) -> Dict[str, List[str]]:
-    """{model name or wildcard: its cascade} of the configuration and of --route NAME=STEP,STEP; the flags count first."""
+    """{model name or wildcard: its cascade} of the configuration and of --route NAME=STEPS; the flags count first."""
     gone = json.loads(BUILTIN_PROVIDERS)["providers"].keys() - config["providers"].keys()      # taken away by a file: no mistake in a built-in route
     routes = {name: [step for step in steps if step.partition("/")[0] not in gone] for name, steps in config.get("routes", {}).items()}
     routes = {name: steps for name, steps in routes.items() if steps}
     for flag in flags:
         name, equals, steps = flag.partition("=")
         if not name.strip() or not equals:
-            raise ConfigError(f"--route {flag}: expected NAME=STEP,STEP such as gpt-4o=claude/sonnet,gemini")
+            raise ConfigError(f"--route {flag}: expected NAME=STEPS such as gpt-4o=claude/sonnet,gemini")
         routes[name.strip()] = [step.strip() for step in steps.split(",")]
     for name, steps in routes.items():
         for step in steps:
@@ -2710,7 +2712,7 @@ def parse_reset(provider: Provider, text: str, now: Optional[float] = None) -> O
                 continue
         if found.get("clock"):
             zone = datetime.timezone.utc if found.get("zone", "").upper() in ("UTC", "GMT") else None
-            at = datetime.datetime.strptime(found["clock"].upper(), "%I:%M%p" if ":" in found["clock"] else "%I%p")
+            at = datetime.datetime.strptime(found["clock"].upper().replace(" ", ""), "%I:%M%p" if ":" in found["clock"] else "%I%p")
             today = datetime.datetime.fromtimestamp(now, zone)
             then = today.replace(hour=at.hour, minute=at.minute, second=0, microsecond=0)
             return (then - today).total_seconds() % 86400
@@ -5696,7 +5698,7 @@ class Handler(BaseHTTPRequestHandler):
         self._reader.deadline = time.monotonic() + IDLE_SECONDS
         self._expects_continue = self._committed = False
         self._unread = False            # is there a body that nobody has read? It would be taken for the next request
-        self._began, self._fields = time.monotonic(), {}        # type: Tuple[float, Dict[str, Any]]
+        self._began, self._fields, self._tried = time.monotonic(), {}, {}      # type: Tuple[float, Dict[str, Any], Dict[str, str]]
         try:
             super().handle_one_request()
         except OSError:                 # reset, broken pipe: the client has gone
@@ -5966,6 +5968,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _note(self, answers: Sequence[Answer]) -> None:
         first, attempt = answers[0], answers[0].attempt
+        self._tried = {"x-cliproxy-attempts": str(first.attempts), "x-cliproxy-tried": re.sub(r"[^ -~]", "?", first.route)}     # for an error
         ms = lambda seconds: round(seconds * 1000) if seconds else None     # noqa: E731
         self._fields.update(provider=attempt.turn.provider.name + ("/" + attempt.turn.model if attempt.turn.model else ""),
                             strategy=attempt.strategy.driver if attempt.strategy else None, session=attempt.session or None, n=len(answers) if len(answers) > 1 else None,
@@ -6025,7 +6028,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.close_connection = self.close_connection or error.close
-        headers = {}
+        headers = dict(self._tried)
         if error.retry_after is not None:
             headers["Retry-After"] = str(max(1, -int(-error.retry_after // 1)))
         if error.should_retry is not None:
@@ -6164,7 +6167,9 @@ def open_listeners(settings: Settings, state: State) -> List[Listener]:
 # OpenAI-compatible server it is given, the same things in turn, so that what is compared was measured in the same minutes.
 
 BENCH_PROMPT = "Write the numbers from 1 to {words} in digits, separated by spaces, and nothing else."
+BENCH_FAILS = "bench-fails-"        # a route that begins with a provider that always fails
 BENCH_COLUMNS = (("cold ms", "cold_ms"), ("warm ms", "warm_ms"), ("10 turns ms", "ten_turns_ms"), ("next turn ms", "next_turn_ms"),
+                 ("failover ms", "failover_ms"), ("p95", "failover_p95_ms"),
                  ("streams", "streams"), ("words/s", "words_per_s"), ("gap p99 ms", "gap_p99_ms"), ("MB/stream", "mb_per_stream"), ("CPU s/1000 words", "cpu_s_per_1000_words"))
 
 
@@ -6180,10 +6185,11 @@ class Target:
 
 @dataclass
 class Streamed:
-    """What came of one streamed request; times in seconds since it was sent."""
+    """What came of one streamed request; times in seconds since it was sent, `failover` since a provider had failed, if one has."""
     first: float
     times: List[float]
     text: str
+    failover: Optional[float] = None
 
 
 def bench_ask(target: Target, messages: Sequence[Mapping[str, Any]]) -> Streamed:
@@ -6199,6 +6205,7 @@ def bench_ask(target: Target, messages: Sequence[Mapping[str, Any]]) -> Streamed
             response = connection.getresponse()
             if response.status != 200:
                 raise ConfigError(f"{target.name} answered {response.status}: {response.read(500).decode('utf-8', 'replace')}")
+            failover = re.search(r"failover;dur=([\d.]+)", response.headers.get("Server-Timing", ""))
             times, pieces = [], []      # type: Tuple[List[float], List[str]]
             for line in response:
                 if line.startswith(b"data: {"):
@@ -6213,7 +6220,7 @@ def bench_ask(target: Target, messages: Sequence[Mapping[str, Any]]) -> Streamed
             raise ConfigError(f"{target.name} at {target.url} cannot be asked: {e}") from None
     if not times:
         raise ConfigError(f"{target.name} answered without a word")
-    return Streamed(times[0], times, "".join(pieces))
+    return Streamed(times[0], times, "".join(pieces), float(failover.group(1)) / 1000 if failover else None)
 
 
 def process_tree(root: int) -> Dict[int, Tuple[int, float]]:
@@ -6268,10 +6275,12 @@ def bench_streams(target: Target, prompt: str, streams: int) -> Dict[str, Any]:
 
 
 def bench_latency(targets: Sequence[Target], prompt: str, runs: int, say: Callable[[str], None]) -> Dict[str, Dict[str, Any]]:
-    """Milliseconds to the first word, medians; the targets take turns, so that a busy moment of the machine hits all of them."""
+    """Milliseconds to the first word, medians; the targets take turns, so that a busy moment of the machine hits all of them.
+
+    For failover, which only our own targets have: from the failure of the provider before it, and the 95th percentile too."""
     import statistics       # here, because it brings decimal and fractions along, which a server has no use for
     kinds = ("warm_ms", "ten_turns_ms", "next_turn_ms")
-    taken: Dict[str, Dict[str, List[float]]] = {t.name: {k: [] for k in kinds} for t in targets}
+    taken: Dict[str, Dict[str, List[float]]] = {t.name: {k: [] for k in (*kinds, *(["failover_ms"] if t.pid else []))} for t in targets}
     for run in range(runs):
         for target in targets:
             say(f"latency {run + 1}/{runs}: {target.name}")
@@ -6282,7 +6291,13 @@ def bench_latency(targets: Sequence[Target], prompt: str, runs: int, say: Callab
             replayed = bench_ask(target, [*earlier, question])
             for kind, got in zip(kinds, (first, replayed, again)):
                 taken[target.name][kind].append(got.first * 1000)
-    return {name: {kind: round(statistics.median(ms), 1) for kind, ms in rows.items()} for name, rows in taken.items()}
+            if target.pid:
+                taken[target.name]["failover_ms"].append((bench_ask(replace(target, model=BENCH_FAILS + target.name), [question]).failover or math.nan) * 1000)
+    result = {name: {kind: round(statistics.median(ms), 1) for kind, ms in rows.items()} for name, rows in taken.items()}
+    for name, rows in taken.items():
+        if "failover_ms" in rows:
+            result[name]["failover_p95_ms"] = round(sorted(rows["failover_ms"])[math.ceil(len(rows["failover_ms"]) * 0.95) - 1], 1)
+    return result
 
 
 def command_bench(args: argparse.Namespace, providers: Dict[str, Provider]) -> int:
@@ -6294,10 +6309,11 @@ def command_bench(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
         if name not in providers:
             raise ConfigError(f"there is no provider {name}; there are {', '.join(providers)}")
     prompt = args.prompt.replace("{words}", str(args.words))
-    tell(f"this sends {1 + 3 * args.runs + args.streams} requests of about {args.words} words to each of: {', '.join([*names, *args.url])}")
+    tell(f"this sends {1 + 4 * args.runs + args.streams} requests of about {args.words} words to each of: {', '.join([*names, *args.url])}")
     with tempfile.TemporaryFile("w+") as log_file, contextlib.ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory(prefix="cliproxy-bench-"))
-        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--port", "0", "--no-warm", "--state", state, *(w for f in args.providers for w in ("--providers", f))],
+        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--port", "0", "--no-warm", "--state", state,
+                                    *(w for f in [*args.providers, bench_failure(state, names)] for w in ("--providers", f))],
                                    stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
         stack.callback(lambda: (process.terminate(), process.wait()))
         targets = [Target(name, bench_address(process, log_file), name, pid=process.pid) for name in names]
@@ -6330,6 +6346,15 @@ def command_bench(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
     for words in failed:
         tell(f"failed: {words}")
     return 1 if failed else 0
+
+
+def bench_failure(folder: str, names: Sequence[str]) -> str:
+    """The path of a providers file with one that always fails, and a route from that to each of the names."""
+    fails = {"binary": "{python}", "models": {"default": ""}, "breaker": {"failures": 0}, "strategies": [{"driver": "text", "argv": ["-c", "raise SystemExit(1)"], "stdin": "{transcript}"}]}
+    path = os.path.join(folder, "fails.json")
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump({"providers": {"bench-fails": fails}, "routes": {BENCH_FAILS + name: ["bench-fails", name] for name in names}}, f)
+    return path
 
 
 def bench_address(process: Any, log_file: Any) -> str:
@@ -6586,7 +6611,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version="cliproxy " + VERSION)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--providers", metavar="FILE", action="append", default=[], help="merge this file over the built-in providers (repeatable)")
-    common.add_argument("--state", metavar="DIR", default="", help="what is kept across restarts (default: cliproxy/ in $XDG_STATE_HOME or ~/.local/state)")
+    common.add_argument("--state", metavar="DIR", default="", help="what is kept across restarts (default: `cliproxy/` in `$XDG_STATE_HOME` or `~/.local/state`)")
     commands = parser.add_subparsers(dest="command", metavar="serve|doctor|bench|providers")
     serve = commands.add_parser("serve", parents=[common], help="serve (what happens when no command is given)")
     serve.add_argument("--host", default="", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1 and ::1)")
@@ -6595,8 +6620,8 @@ def argument_parser() -> argparse.ArgumentParser:
     serve.add_argument("--allow-host", metavar="NAME", action="append", default=[], help="answer to this Host header too, such as a tunnel's name (repeatable)")
     serve.add_argument("--cors-origin", metavar="ORIGIN", action="append", default=[], help="let web pages of this origin in; * is all (repeatable)")
     serve.add_argument("--strict", action="store_true", help="answer 400 to a parameter that the provider cannot honour, instead of ignoring it")
-    serve.add_argument("--route", metavar="NAME=STEP,STEP", action="append", default=[], help="a model name and who is asked for it, one after the other; "
-                       "each a provider or provider/model (repeatable)")
+    serve.add_argument("--route", metavar="NAME=STEPS", action="append", default=[], help="a model name and who is asked for it, one after the other: "
+                       "providers or provider/model, with commas between (repeatable)")
     serve.add_argument("--hedge-ms", metavar="MS", type=float, default=None, help="ask the next provider of a route too when there is no word after so long (default: never)")
     serve.add_argument("--no-continue", action="store_true", help="end an answer that broke off with an error, instead of having it continued")
     serve.add_argument("--keepalive", metavar="SECONDS", type=float, default=10.0, help="silence after which a stream gets a comment line (default: %(default)s)")

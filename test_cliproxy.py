@@ -2423,6 +2423,7 @@ FAILURES = [
     ("gemini", said_by("gemini", google(403, "Permission denied", "PERMISSION_DENIED")), "", 147, "PermissionDenied", None),
     ("gemini", said_by("gemini", "[API Error: models/zzz is not found for API version v1beta]"), "", 1, "ModelNotFound", None),
     ("gemini", said_by("gemini", "[API Error: You exceeded your current quota.\nSuggested retry after 34s.]" + LATER), "", 173, "RateLimited", 34),
+    ("gemini", said_by("gemini", "[API Error: You exceeded your current quota, please check your plan and billing details.\nSuggested retry after 34s.]"), "", 173, "RateLimited", 34),
     ("gemini", said_by("gemini", "[API Error: Resource has been exhausted (e.g. check quota).]" + LATER), "", 173, "RateLimited", None),
     ("gemini", said_by("gemini", "[API Error: You have exhausted your daily quota on this model.]" + LATER), "", 173, "QuotaUsedUp", None),
     ("gemini", said_by("gemini", "[API Error: You have exhausted your capacity on this model. Your quota will reset after 3h20m5s.]" + LATER), "", 173, "QuotaUsedUp", 12005),
@@ -2551,6 +2552,8 @@ def test_the_time_of_a_reset_is_read_from_the_words_of_a_cli(text, seconds):
 def test_a_date_of_a_reset_is_in_local_time():
     at = datetime.datetime.fromtimestamp(NOW).replace(microsecond=0) + datetime.timedelta(minutes=90)
     words = at.strftime("or try again at %b {}, %Y %I:%M %p.").format(f"{at.day}th")
+    assert cliproxy.parse_reset(PROVIDERS["codex"], words, NOW) == pytest.approx(5400, abs=60)
+    words = at.strftime("visit https://x.example/usage to purchase more credits or try again at %I:%M %p.")      # what codex says if it is today
     assert cliproxy.parse_reset(PROVIDERS["codex"], words, NOW) == pytest.approx(5400, abs=60)
 
 
@@ -3456,7 +3459,7 @@ def test_routes_that_somebody_can_serve_are_models(routed):
 
 
 @pytest.mark.parametrize("flag, words", [
-    ("x", "--route x: expected NAME=STEP,STEP such as gpt-4o=claude/sonnet,gemini"), ("=claude", "--route =claude: expected NAME"), ("x=", 'the route x: expected a provider, provider/model or a model that one of them lists, found ""'),
+    ("x", "--route x: expected NAME=STEPS such as gpt-4o=claude/sonnet,gemini"), ("=claude", "--route =claude: expected NAME"), ("x=", 'the route x: expected a provider, provider/model or a model that one of them lists, found ""'),
     ("x=claude,", "the route x: expected"), ("x=claude,other/y", 'the route x: expected a provider, provider/model or a model that one of them lists, found "other/y"; the providers are claude, gemini, codex, qwen, echo'),
     ("x=auto", 'the route x: expected a provider, provider/model or a model that one of them lists, found "auto"')])
 def test_a_route_to_nobody_is_a_mistake(flag, words):
@@ -3870,6 +3873,7 @@ def test_three_may_fail_before_the_request_does_and_then_the_error_that_helps_mo
     proxy.play("codex", ["begin"], ["fail", "You've hit your usage limit. Try again later.", None], ["exit", 1])
     answered = proxy.ask("three")
     assert answered.error == (429, "rate_limit_error", "rate_limit_exceeded", None) and answered.retry == ("true", "34")
+    assert answered.headers["x-cliproxy-attempts"] == "3" and answered.headers["x-cliproxy-tried"] == "claude/opus=overloaded, gemini/gemini-2.5-flash=rate_limit_exceeded, codex/gpt-5.5=insufficient_quota"
     assert answered.message.startswith("none of the 3 providers of `three` could answer: claude's service is overloaded: ") and "; gemini is rate limited: " in answered.message and "; codex has used up its limit: " in answered.message
     again = proxy.ask("three")                      # gemini and codex are not asked again, claude is
     assert again.error == answered.error and again.retry[0] == "true" and 30 <= int(again.retry[1]) <= 34
@@ -4902,7 +4906,7 @@ def test_the_readme_lists_every_setting_with_its_default(readme, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     text = called("serve", "--help")[1]
     listed = {named(row[0])[0]: row[1] for row in readme["setting"]}
-    options = dict(re.findall(r"(?m)^  (--[a-z-]+(?: [A-Z]+)?)  +(.*)$", text))
+    options = dict(re.findall(r"(?m)^  (--[a-z-]+(?: [A-Z=]+)?)  +(.*)$", text))
     assert set(listed) == set(options)
     for option, words in options.items():
         default = re.search(r"\(default: (.*)\)", words)
