@@ -523,7 +523,7 @@ BUILTIN_PROVIDERS = r'''{
       {"error": "overloaded", "match": "overloaded|at capacity|model is unavailable"},
       {"error": "server_error", "status": [500, 501, 502, 504]},
       {"error": "server_error", "match": "experiencing high demand|internal server error|server_error"},
-      {"error": "unreachable", "match": "unable to connect|connection (error|failed|refused|reset|to the api was lost)|fetch failed|econn|enotfound|etimedout|stream disconnected|(?:^|: )terminated\\b|without a finish reason|network error"},
+      {"error": "unreachable", "match": "unable to connect|connection (error|failed|refused|reset|closed|to the api was lost)|fetch failed|econn|enotfound|etimedout|stream disconnected|(?:^|: )terminated\\b|without a finish reason|network error"},
       {"error": "timeout", "match": "timed? ?out|timeout"}
     ],
     "reset": [
@@ -1433,8 +1433,8 @@ def load_routes(config: Mapping[str, Any], flags: Sequence[str]) -> Dict[str, Li
 
 
 def known_model(rows: Mapping[str, Any], name: str) -> bool:
-    """Does the name mean a provider, or a model of one, without any route?"""
-    return bool(name) and (name.partition("/")[0] in rows or any(name in known.get("names", []) or name in known.get("aliases", {}) or
+    """Does the name mean a provider, or a model of one, without any route? No name of a model begins with -."""
+    return bool(name) and "/-" not in name and (name.partition("/")[0] in rows or any(name in known.get("names", []) or name in known.get("aliases", {}) or
                                                  fnmatch.fnmatchcase(name, known.get("also", "")) for known in (row["models"] for row in rows.values())))
 
 
@@ -2875,7 +2875,7 @@ class RuleReader:
             status = self._said_status(message)
         exit_status = self._exit_status() if "exit_status" in self._provider.row and status is None else None
         found = classify(self._provider, message, status, first("kind", str) or "", exit_status, self._reset)
-        return found or ProviderError(f"{self._provider.name} failed", plain_words(message)[:600], ProviderError.advice)
+        return found or ProviderError(f"{self._provider.name} failed", plain_words(message)[:600].rstrip("."), ProviderError.advice)
 
 
 class JsonLines(RuleReader):
@@ -3611,7 +3611,11 @@ class Talk(RuleReader):
     @staticmethod
     def _remove(pattern: str) -> None:
         for path in glob.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            with contextlib.suppress(FileNotFoundError):        # another turn has swept it away
+                os.unlink(path)
 
     # --- the answer ---
 

@@ -3461,7 +3461,7 @@ def test_routes_that_somebody_can_serve_are_models(routed):
 @pytest.mark.parametrize("flag, words", [
     ("x", "--route x: expected NAME=STEPS such as gpt-4o=claude/sonnet,gemini"), ("=claude", "--route =claude: expected NAME"), ("x=", 'the route x: expected a provider, provider/model or a model that one of them lists, found ""'),
     ("x=claude,", "the route x: expected"), ("x=claude,other/y", 'the route x: expected a provider, provider/model or a model that one of them lists, found "other/y"; the providers are claude, gemini, codex, qwen, echo'),
-    ("x=auto", 'the route x: expected a provider, provider/model or a model that one of them lists, found "auto"')])
+    ("x=gemini/-x", "the route x: expected"), ("x=auto", 'the route x: expected a provider, provider/model or a model that one of them lists, found "auto"')])
 def test_a_route_to_nobody_is_a_mistake(flag, words):
     with pytest.raises(cliproxy.ConfigError) as e:
         cliproxy.load_routes(BUILTIN, [flag])
