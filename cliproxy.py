@@ -2715,7 +2715,8 @@ def parse_reset(provider: Provider, text: str, now: Optional[float] = None) -> O
             at = datetime.datetime.strptime(found["clock"].upper().replace(" ", ""), "%I:%M%p" if ":" in found["clock"] else "%I%p")
             today = datetime.datetime.fromtimestamp(now, zone)
             then = today.replace(hour=at.hour, minute=at.minute, second=0, microsecond=0)
-            return (then - today).total_seconds() % 86400
+            left = (then - today).total_seconds()
+            return 0.0 if -60 < left <= 0 else left % 86400         # a clock without seconds: that minute is not over yet
     return None
 
 
@@ -3299,26 +3300,31 @@ class Resident:
             self._scope.wake()              # there is a log to be looked at while it does not answer
 
     def read(self, child: Child) -> None:
-        """The body of its thread: every line to where it belongs, until the process ends."""
-        buffer, watch = [], LogWatch(self)      # type: Tuple[List[bytes], LogWatch]
-        with Scope({"start": FOREVER, "total": FOREVER}, keepalive=3600.0) as scope, child:
-            self._scope = scope
-            for data in child.output(scope, watch.every):
-                if not data:
-                    scope.silent()
-                    watch.look()
-                    continue
-                *lines, rest = data.split(b"\n")
-                if lines:
-                    lines[0] = b"".join([*buffer, lines[0]])
-                    buffer = []
-                buffer.append(rest)
-                for line in lines:
-                    self._hear(line)
+        """The body of its thread: every line to where it belongs, until the process ends. However it ends, its turns are told."""
+        try:
+            with Scope({"start": FOREVER, "total": FOREVER}, keepalive=3600.0) as scope, child:
+                self._scope = scope
+                self._read_lines(child, scope)
+        finally:
             self._scope = None
-        planned, self.state = self.state in ("worn", "starting"), "gone"       # who starts one sees by itself that it came to nothing
-        self._broadcast(GONE)
-        self.pool.ended(self, planned)
+            planned, self.state = self.state in ("worn", "starting"), "gone"       # who starts one sees by itself that it came to nothing
+            self._broadcast(GONE)
+            self.pool.ended(self, planned)
+
+    def _read_lines(self, child: Child, scope: Scope) -> None:
+        buffer, watch = [], LogWatch(self)      # type: Tuple[List[bytes], LogWatch]
+        for data in child.output(scope, watch.every):
+            if not data:
+                scope.silent()
+                watch.look()
+                continue
+            *lines, rest = data.split(b"\n")
+            if lines:
+                lines[0] = b"".join([*buffer, lines[0]])
+                buffer = []
+            buffer.append(rest)
+            for line in lines:
+                self._hear(line)
 
     def _hear(self, raw: bytes) -> None:
         try:
@@ -4495,10 +4501,11 @@ _LOST_SPACE = re.compile(rf"(?!\d\d)[^\W_{_SPACELESS}]{{2}}")
 
 
 def cuts_words(pieces: Sequence[str]) -> bool:
-    """Whether a stream came cut inside its words: most of its pieces that end in a word character are followed by another one."""
+    """Whether a stream came cut inside its words: of its pieces that end in a word character, two in five or more are followed by one
+    that begins with another. (Fewer would make it likelier that a model left out the space at the beginning.)"""
     pieces = [p for p in pieces if p]
     inside = [bool(re.match(r"\w", b)) for a, b in zip(pieces, pieces[1:]) if re.search(r"\w\Z", a)]
-    return 2 * sum(inside) > len(inside)
+    return len(inside) > 0 and 5 * sum(inside) >= 2 * len(inside)
 
 
 class Overlap:
@@ -4760,10 +4767,11 @@ class Ledger:
         with self._lock:
             return [limit for limit in self._limits.get(provider, {}).values() if limit.resets is None or limit.resets > time.time()]
 
-    def resets_in(self, provider: str) -> Optional[float]:
-        """Seconds until the last of the windows that are used up begins anew; None if none is known to be."""
+    def exact(self, provider: str, said: Optional[float]) -> Optional[float]:
+        """Seconds until a limit resets, better than what the words of an error have `said`, which know minutes at best, or nothing:
+        until the last of the windows that are known to be used up begins anew."""
         spent = [limit.resets - time.time() for limit in self.limits(provider) if limit.resets is not None and (limit.used or 0) >= 100]
-        return max(spent, default=None)
+        return max(spent) if spent and (said is None or abs(max(spent) - said) <= 60) else said
 
     def table(self) -> Dict[str, Any]:
         """{since, providers: {name: {models: {...}, limits: [...]}}, keys: {...}}, counts of requests and of tokens."""
@@ -5015,7 +5023,7 @@ class Router:
             outcome, answer.failed_at = e.code, time.monotonic()
             answer.errors.append(e)
             if isinstance(e, ProviderError) and e.counts:
-                e.retry_after = self.ledger.resets_in(provider.name) if e.opens and e.retry_after is None else e.retry_after
+                e.retry_after = self.ledger.exact(provider.name, e.retry_after) if e.opens else e.retry_after
                 self.breakers.failed(key, admission, e, provider.breaker)
             if others or answer.said:
                 self._log(level="warning", event="broke-off" if spoke else "failed", provider=key, error=e.code, ms=round(attempt.since() * 1000))

@@ -2543,7 +2543,7 @@ NOW = datetime.datetime(2026, 11, 22, 20, 0, tzinfo=datetime.timezone.utc).times
 
 @pytest.mark.parametrize("text, seconds", [
     ("Suggested retry after 34s.", 34), ("reset after 3h20m5s.", 12005), ("retry after 1.5s", 1.5), ("retry-after: 17", 17), ("retry_after=20", 20), ("try again in 250ms", 0.25),
-    ("Your quota will reset after 2m.", 120), ("resets 2:13am (UTC)", 6 * 3600 + 13 * 60), ("resets at 9pm (UTC)", 3600), ("resets 8pm (UTC)", 0), ("nothing", None), ("", None),
+    ("Your quota will reset after 2m.", 120), ("resets 2:13am (UTC)", 6 * 3600 + 13 * 60), ("resets at 9pm (UTC)", 3600), ("resets 8pm (UTC)", 0), ("resets 7:59pm (UTC)", 86340), ("nothing", None), ("", None),
     ("try again at Smarch 99th, 2026 12:00 AM", None)])
 def test_the_time_of_a_reset_is_read_from_the_words_of_a_cli(text, seconds):
     assert cliproxy.parse_reset(PROVIDERS["claude"], text, NOW) == (None if seconds is None else pytest.approx(seconds))
@@ -3347,8 +3347,8 @@ def test_a_stream_that_cuts_words_goes_on_inside_a_word(said, text, goes_on):
 
 
 @pytest.mark.parametrize("stream, inside", [
-    (["one ", "two ", "three"], False), (["one", " two", " three"], False), (["one", " tw", "o", " th", "ree"], False), (["on", "e t", "wo", "th", "ree"], True),
-    (["日", "本", "語"], True), (["a", "", "b"], True), (["a"], False), ([], False), (["a", "b", " c"], False)])
+    (["one ", "two ", "three"], False), (["one", " two", " three"], False), (["one", " tw", "o", " th", "ree"], True), (["one", " tw", "o", " three"], False), (["on", "e t", "wo", "th", "ree"], True),
+    (["日", "本", "語"], True), (["a", "", "b"], True), (["a"], False), ([], False), (["a", "b", " c"], True)])
 def test_a_stream_cuts_words_if_most_of_its_pieces_do(stream, inside):
     assert cliproxy.cuts_words(stream) is inside
 
@@ -3968,8 +3968,9 @@ def test_the_ledger_knows_the_limits_that_still_hold():
     ledger.limit("claude", Limit("seven_day", 100, now + 600))
     ledger.limit("claude", Limit("old", 100, now - 1))
     ledger.limit("codex", Limit("primary", 99.5, now + 60))
-    assert [limit.window for limit in ledger.limits("claude")] == ["five_hour", "seven_day"] and 599 < ledger.resets_in("claude") <= 600
-    assert ledger.resets_in("codex") is None and ledger.resets_in("gemini") is None
+    assert [limit.window for limit in ledger.limits("claude")] == ["five_hour", "seven_day"] and 599 < ledger.exact("claude", None) <= 600
+    assert 599 < ledger.exact("claude", 580.0) <= 600 and ledger.exact("claude", 5.0) == 5 and ledger.exact("claude", 7200.0) == 7200
+    assert ledger.exact("codex", None) is None and ledger.exact("codex", 60.0) == 60 and ledger.exact("gemini", None) is None
 
 
 # --- hedging ---
