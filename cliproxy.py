@@ -4951,7 +4951,7 @@ class Router:
     def _down_the_cascade(self, answer: Answer) -> Iterator[Event]:
         """Failover: until the first word the next step is asked at once when one fails. Continuation: after it another attempt is
         given the conversation and what was said of the answer, and goes on from there."""
-        left, broke = deque(answer.steps), None     # type: Tuple[deque, Optional[ProxyError]]
+        left, broke, again = deque(answer.steps), None, set()     # type: Tuple[deque, Optional[ProxyError], Set[str]]
         while left:
             step, before = self._next(left), answer.progress
             try:
@@ -4962,7 +4962,8 @@ class Router:
                     broke = e
                     if not self._may_go_on(answer, e):
                         raise
-                    if e.same_provider:
+                    if e.same_provider and not (step.key in again and left):
+                        again.add(step.key)
                         left.appendleft(step)
                 elif not broke and not e.next_provider:
                     raise

@@ -5013,7 +5013,7 @@ def say_chunks(model, words):
     yield {**base, "choices": [], "usage": {"prompt_tokens": TOKENS[0], "completion_tokens": TOKENS[1], "total_tokens": sum(TOKENS)}}
 
 
-WIRES = {"/messages": say_messages, ":streamGenerateContent": say_contents, "/responses": say_items, "/chat/completions": say_chunks}
+WIRES = {"/messages": ("claude", say_messages), ":streamGenerateContent": ("gemini", say_contents), "/responses": ("codex", say_items), "/chat/completions": ("qwen", say_chunks)}
 
 
 class Service(BaseHTTPRequestHandler):
@@ -5045,16 +5045,17 @@ class Service(BaseHTTPRequestHandler):
         model, data = self.server.model, self.rfile.read(int(self.headers["Content-Length"]))
         model.asked.append((self.path.partition("?")[0], json.loads(data)))
         model.raw += data
-        if model.status:
-            words = "models/x is not found for API version v1beta" if model.status == 404 else f"scripted {model.status}"
-            return self.answer(model.status, json.dumps({"type": "error", "error": {"type": "api_error", "message": words, "code": model.status}}).encode())
-        say = next(say for end, say in WIRES.items() if self.path.partition("?")[0].endswith(end))
+        cli, say = next(wire for end, wire in WIRES.items() if self.path.partition("?")[0].endswith(end))
+        status = model.status or model.failing.get(cli)
+        if status:
+            words = "models/x is not found for API version v1beta" if status == 404 else f"scripted {status}"
+            return self.answer(status, json.dumps({"type": "error", "error": {"type": "api_error", "message": words, "code": status}}).encode())
         self.send_response(200)
         for name, value in (("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")):
             self.send_header(name, value)
         self.end_headers()
         try:
-            for data in say(model.asked[-1][1].get("model"), model.words(self.connection)):
+            for data in say(model.asked[-1][1].get("model"), model.words(cli, model.asked[-1][1], self.connection)):
                 frame = (f"event: {data['type']}\n" if "type" in data else "") + f"data: {json.dumps(data)}\n\n"
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(frame), frame.encode()))
             self.wfile.write(b"0\r\n\r\n")
@@ -5063,20 +5064,21 @@ class Service(BaseHTTPRequestHandler):
 
 
 class Model:
-    """What the CLIs take for their services, for one test. `script`: words, an Event to wait for, CUT, HOLD. `status`: an error instead.
+    """What the CLIs take for their services, for one test. `script`: words, an Event to wait for, CUT, HOLD, or script(name, body) that
+    gives them. `status`: an error instead, `failing[name]`: for one CLI only.
 
     `asked` are the requests, `left` is how many of their answers were not waited for."""
 
     def __init__(self, listening):
-        self.script, self.status, self.asked, self.raw, self.left, self.connections = REPLY, None, [], b"", 0, []
+        self.script, self.status, self.failing, self.asked, self.raw, self.left, self.connections = REPLY, None, {}, [], b"", 0, []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Service, bind_and_activate=False)
         self.server.socket.close()
         self.server.socket, self.server.model = listening, self
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
         self.thread.start()
 
-    def words(self, connection):
-        for step in self.script:
+    def words(self, name, body, connection):
+        for step in self.script(name, body) if callable(self.script) else self.script:
             if step is HOLD:
                 connection.settimeout(LIMIT)
                 with contextlib.suppress(ConnectionError):
@@ -5090,7 +5092,7 @@ class Model:
                 yield step
 
     def close(self):
-        for step in self.script:
+        for step in () if callable(self.script) else self.script:
             if isinstance(step, threading.Event):
                 step.set()
         self.server.shutdown()
@@ -5214,7 +5216,8 @@ class RealProxy(Proxy):
         paths = dict.fromkeys([first, *(os.path.dirname(real_path(name) or "") for name in CLIS), os.path.dirname(shutil.which("node") or ""), "/usr/bin", "/bin"])
         env = {**person(home, service), "TMPDIR": os.path.join(home, "tmp"), "PATH": os.pathsep.join(p for p in paths if p), **env}
         os.makedirs(env["TMPDIR"])
-        super().__init__(folder, ["--no-warm"], clis=(), env=env, providers={**{name: {} for name in CLIS}, **ways, **dict(providers)})
+        routes = {f"from-{name}": [*CLIS[i:], *CLIS[:i]] for i, name in enumerate(CLIS)}
+        super().__init__(folder, ["--no-warm", *(w for route, steps in routes.items() for w in ("--route", f"{route}={','.join(steps)}"))], clis=(), env=env, providers={**{name: {} for name in CLIS}, **ways, **dict(providers)})
 
     def pids(self, way):
         """The CLIs that run for the provider of a way, by their working directory."""
@@ -5255,7 +5258,7 @@ def model(people):
 @pytest.fixture
 def real(people, model):
     """The proxy with the real CLIs; afterwards none may be left that was started for an answer."""
-    yield people[1]
+    yield people[1].reset()
     eventually("no CLI that was started for an answer is left", lambda: not people[1].one_shots())
 
 
@@ -5388,7 +5391,7 @@ def test_the_failures_of_the_service_of_a_real_cli_are_passed_on(name, driver, r
     few = {"jsonl": (401, 404, 429, 500, 529), "text": (401, 529)}      # of those that start a process for each
     for model.status, code in [(s, SERVICE_FAILURES[s]) for s in few.get(driver, SERVICE_FAILURES)]:
         del model.asked[:]
-        answered = real.ask(f"{name}-{driver}", stream=model.status % 2 == 0)
+        answered = real.reset().ask(f"{name}-{driver}", stream=model.status % 2 == 0)
         assert (answered.status, answered.error[2]) == ({529: 503}.get(model.status, model.status), code), answered.message
         assert len(model.asked) == (2 if (name, model.status) == ("claude", 404) else 1) and str(model.status) in answered.message + str(answered.status)
 
@@ -5418,16 +5421,79 @@ def test_a_client_that_goes_away_ends_the_answer_of_a_real_cli(name, driver, rea
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/cwd"), reason="there is no /proc to tell one CLI from another")
 @every_way(without=BY_TEXT)
-def test_a_real_cli_that_is_killed_is_a_crash(name, driver, real, model):
-    model.script = ["one ", HOLD]
+def test_an_answer_of_a_real_cli_that_is_killed_is_continued_by_another_process(name, driver, real, model):
+    assert real.ask(f"{name}-{driver}").status == 200       # one that dies before it has served anything would be waited with
+    model.asked.clear()
+    model.script = lambda name, body: ["one ", HOLD] if len(model.asked) == 1 else ["one ", "two"]
+    up = 2 if driver == "claude-stream" else 1              # one in use, one in reserve
+    eventually("its processes are up", lambda: driver not in cliproxy.RESIDENT_DRIVERS or len(real.lines(f"event=resident-ready provider={name}-{driver} ")) >= up)
+    known = real.pids(f"{name}-{driver}") if driver in cliproxy.RESIDENT_DRIVERS else []
     with real.started(f"{name}-{driver}") as stream:
         eventually("the model is asked", lambda: model.asked)
-        if (name, driver) not in AT_ONCE:
-            until(stream, b"one ")
-        for pid in real.pids(f"{name}-{driver}"):
+        got = until(stream, b"one ") if (name, driver) not in AT_ONCE else b""
+        for pid in known or real.pids(f"{name}-{driver}"):
             os.kill(pid, signal.SIGKILL)
-        got = until(stream, b"provider_crashed")
-        assert b'"finish_reason":"' not in got and got.startswith(b"HTTP/1.1 502 ") == ((name, driver) in AT_ONCE)
+        got += until(stream, b"0\r\n\r\n" if (name, driver) not in AT_ONCE else b"provider_crashed")
+    if (name, driver) in AT_ONCE:           # not a word was out
+        assert got.startswith(b"HTTP/1.1 502 ")
+        return
+    assert b": cliproxy seams=1 at=4 " in got and [json.loads(f)["choices"][0]["delta"].get("content") for f in re.findall(rb"data: (\{.*\})", got)] == ["", "one ", "two", None]
+    seen = [(role, part) for role, part in HEARD[name](model.asked[1][1]) if role != "system" and not part.startswith("<system-reminder>")]
+    assert [(role, part.strip()) for role, part in seen if part] == [("user", "Hi"), ("assistant", "one"), ("user", cliproxy.CONTINUE)]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("status", [401, 429, 500, 529, "cut"])
+def test_real_clis_stand_in_for_one_another(request, real, model, status):
+    need(request, *CLIS)
+    for i, first in enumerate(CLIS):
+        order = [*CLIS[i:], *CLIS[:i]]
+        for fail in (1, 3):
+            model.asked.clear()
+            model.failing = dict.fromkeys(order[:fail], status) if status != "cut" else {}
+            model.script = (lambda name, body: [CUT] if name in order[:fail] else REPLY) if status == "cut" else REPLY      # noqa: B023
+            answered = real.reset().ask(f"from-{first}", "Hi")
+            assert answered.text == "".join(REPLY) and answered.headers["x-cliproxy-provider"] == order[fail], answered.headers["x-cliproxy-tried"]
+            assert answered.headers["x-cliproxy-attempts"] == str(fail + 1) and len(model.asked) == fail + 1
+
+
+TWO_HUNDRED = [f"w{i} " for i in range(1, 200)] + ["w200"]
+
+
+@every_cli
+def test_a_real_cli_goes_on_with_its_own_and_with_anothers_answer_wherever_it_was_cut(name, real, model):
+    def script(asked, body):
+        before = [part for role, part in HEARD[asked](body) if role == "assistant"]
+        if not before:
+            return [*TWO_HUNDRED[:at], CUT]
+        said = len(before[-1].split())
+        return TWO_HUNDRED[max(0, said - repeated):]
+    other = CLIS[(CLIS.index(name) + 1) % len(CLIS)]
+    for at, repeated in ((1, 0), (2, 1), (17, 3), (100, 12), (199, 0), (200, 5)):
+        model.script, model.failing = script, {}
+        answered = real.reset().ask(name)
+        assert answered.text == "".join(TWO_HUNDRED) and answered.headers["x-cliproxy-seams"] == "1", (at, repeated)
+
+        def elsewhere(asked, body):
+            model.failing = {name: 500}         # from now on
+            return script(asked, body)
+        model.script, model.failing = elsewhere, {}
+        answered = real.reset().ask(f"from-{name}", stream=True)
+        frames = answered.frames
+        assert f"{name}/" in frames[-2] and f"{other}/" in frames[-2], frames[-2]
+        assert "".join(f["choices"][0]["delta"].get("content") or "" for f in frames if isinstance(f, dict)) == "".join(TWO_HUNDRED), (at, repeated)
+
+
+@every_cli
+def test_a_real_cli_that_has_met_its_limit_is_not_asked_again_before_its_time(name, real, model):
+    model.failing = {name: 429}
+    assert real.ask(name).error[2] == "rate_limit_exceeded" and len(model.asked) == 1
+    answered = real.ask(name)
+    assert answered.error[2] == "rate_limit_exceeded" and 1 <= int(answered.retry[1]) <= 5 and len(model.asked) == 1
+    key = next(k for k in real.request("GET", "/health").json["breakers"] if k.startswith(name + "/"))
+    model.failing = {}
+    eventually("it is half-open", lambda: real.request("GET", "/health").json["breakers"][key]["state"] == "half-open")
+    assert real.ask(name).text == "".join(REPLY) and real.request("GET", "/health").json["breakers"] == {} and len(model.asked) == 2
 
 
 @every_cli
