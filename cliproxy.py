@@ -411,6 +411,12 @@ class TimedOut(ProviderError):
     advice = "raise the time-out in providers.json, or use a faster model"
 
 
+class OutOfTime(TimedOut):
+    """The time for the whole answer is over, whoever gives it."""
+    code = "total_timeout"
+    next_provider = counts = False
+
+
 class Paused(ProviderError):
     """The circuit breaker is open: the provider has failed too often, and is not asked for a while."""
     status, type, code, should_retry = 503, "server_error", "provider_paused", True
@@ -1152,6 +1158,12 @@ def _field_paths(value: Any, path: str) -> None:
         check(value, [str], path)
 
 
+def _not_negative(value: Any, path: str) -> None:
+    check(value, float, path)
+    if not 0 <= value < math.inf:
+        raise ConfigError(f"{path}: expected a number that is not negative, found {_show(value)}")
+
+
 def _path_or_number(value: Any, path: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ConfigError(f"{path}: expected a path or a number, found {_show(value)}")
@@ -1172,7 +1184,7 @@ _TALK = {"start?": _steps, "open?": _steps, "ask?": _steps, "cancel?": _steps, "
 _ERROR_RULES = [{"error": _error_class, "match?": _regex, "status?": [int], "exit?": [int], "kind?": [str]}]
 _ENV = {"pass?": [str], "set?": {"*": _template}}
 _TIMEOUTS = {"queue?": float, "start?": float, "first?": float, "failover?": float, "idle?": float, "total?": float}
-_BREAKER = {"failures?": int, "seconds?": float, "longest?": float}
+_BREAKER = {"failures?": _not_negative, "seconds?": _not_negative, "longest?": _not_negative}
 _EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool, "skip?": bool,
                "must_be_empty?": str, "reset?": str, "limits?": [{"window": str, "used?": _path_or_number, "part?": str, "resets?": str}], "reject?": str, "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
@@ -1188,10 +1200,10 @@ _PROVIDER = {
     "links?": {"*": str}, "files?": {"*": _template}, "args?": _launch_args,
     "profile?": _template, "events?": [_EVENT_RULE], "prepare?": {"*": {"argv": [str], "each?": str, "set?": {"*": _template}, "drop?": [str]}},
     "watch?": {"files": str, "match": _regex, "again?": _regex}, "strategies": [_STRATEGY], "errors?": _ERROR_RULES, "exit_status?": {"*": int},
-    "status?": _regex, "failure?": _regex, "slots?": int, "timeouts?": _TIMEOUTS, "breaker?": _BREAKER, "hedge_ms?": float,
+    "status?": _regex, "failure?": _regex, "slots?": int, "timeouts?": _TIMEOUTS, "breaker?": _BREAKER, "hedge_ms?": _not_negative,
 }
 PROVIDERS_SHAPE = {"version": int, "routes?": {"*": [str]},
-                   "defaults?": {"env?": _ENV, "slots?": int, "timeouts?": _TIMEOUTS, "breaker?": _BREAKER, "hedge_ms?": float, "errors?": _ERROR_RULES, "reset?": [_regex],
+                   "defaults?": {"env?": _ENV, "slots?": int, "timeouts?": _TIMEOUTS, "breaker?": _BREAKER, "hedge_ms?": _not_negative, "errors?": _ERROR_RULES, "reset?": [_regex],
                                                  "drivers?": {"*": {**_TALK, "slots?": int, "events?": [_EVENT_RULE]}}},
                    "providers": {"*": _PROVIDER}}
 _TALK_TEMPLATES = ("start", "open", "ask", "cancel", "close")
@@ -1300,10 +1312,12 @@ class EventRule(LineTest):
         for row in self.row.get("limits", ()):
             window = at(row["window"]) if "." in row["window"] else row["window"]
             used, part, resets = (at(row.get(key)) for key in ("used", "part", "resets"))
-            if used is None and isinstance(part, (int, float)):
+            used, part, resets = (value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+                                  for value in (used, part, resets))
+            if used is None and part is not None:
                 used = part * 100
-            if window and (used is not None or resets is not None):
-                yield Limit(str(window), used, resets)
+            if isinstance(window, str) and window and (used is not None or resets is not None):
+                yield Limit(window, used, resets)
 
 
 @dataclass(frozen=True)
@@ -1490,16 +1504,19 @@ class Scope:
             os.close(self._waker)
             self._waker = -1
 
-    def begin(self, limits: Mapping[str, float], who: str = "") -> None:
-        """A new attempt, with limits of its own; `who` is to be named when it takes too long."""
+    def begin(self, limits: Mapping[str, float], who: str = "", since: Optional[float] = None) -> None:
+        """A new attempt, with limits of its own, but for the total, which counts from `since`; `who` is to be named when it takes too long."""
         self._limits, self._who = limits, who
-        self._end = time.monotonic() + limits.get("total", 3600)
+        self._end = (time.monotonic() if since is None else since) + limits.get("total", 3600)
         self.enter("start")
 
     def twin(self, stack: contextlib.ExitStack) -> Scope:
         """Another scope for the same client, for an attempt in another thread; it is cancelled along with this one."""
-        self._twins.append(stack.enter_context(Scope(self._limits, self._client, self._keepalive)))
-        return self._twins[-1]
+        twin = stack.enter_context(Scope(self._limits, self._client, self._keepalive))
+        self._twins.append(twin)
+        if self._cancelled:
+            twin.cancel()
+        return twin
 
     def enter(self, stage: str) -> None:
         """From now on the time-out `stage` counts: queue, start, first or idle. Silence is counted anew as well."""
@@ -1541,8 +1558,9 @@ class Scope:
                 raise Cancelled
             if now >= self._deadline:
                 stage = "total" if self._deadline == self._end else self._stage
-                raise TimedOut(f"{self._who + ' gave ' if self._who else ''}no answer within the {stage} time-out of {self._limits.get(stage, 0):g} s",
-                               do=TimedOut.advice, code=f"{stage}_timeout")
+                error = OutOfTime if stage == "total" else TimedOut
+                raise error(f"{self._who + ' gave ' if self._who else ''}no answer within the {stage} time-out of {self._limits.get(stage, 0):g} s",
+                            do=error.advice, code=f"{stage}_timeout")
             ready = set()
             for key, _ in self._selector.select(max(0.0, min(self._deadline, until, self._quiet) - now)):
                 if key.fileobj is self._client:
@@ -3336,7 +3354,8 @@ class Resident:
             if self.state == "starting" and raw.strip():        # a login prompt, say: it would wait for ever for an answer to it
                 self._broadcast(GONE)
             return
-        for limit in (limit for rule in self._limits if rule.fits(line) for limit in rule.limits(line)):
+        fitting = next((rule for rule in self._limits if rule.fits(line)), None)
+        for limit in fitting.limits(line) if fitting else ():
             self.pool.limit(self.provider.name, limit)
         number = self.wire.answered(line)
         if number is not None:
@@ -4220,13 +4239,18 @@ def write_state(path: str, value: Mapping[str, Any]) -> None:
         os.close(folder_fd)
 
 
+def _no_number(text: str) -> Any:
+    """For the Infinity and NaN that Python's JSON has and JSON has not."""
+    raise ValueError(f"{text} is no number")
+
+
 def read_state(path: str, shape: Mapping[str, Any], log: Callable[..., None]) -> Dict[str, Any]:
     """The JSON object of this shape in a file of ours; {} if there is none, or none that can be used: a damaged one is set aside.
 
     OSError, or StateTooNew for a file that a newer cliproxy has written, which is left alone."""
     try:
         with open(path, encoding="utf-8") as f:
-            value = json.load(f)
+            value = json.load(f, parse_constant=_no_number)
         check(value, {"version": int, "*": lambda *_: None}, "$")
         if value["version"] > STATE_VERSION:
             raise StateTooNew(f"{path} was written by a newer cliproxy (format {value['version']}; this one knows {STATE_VERSION})")
@@ -4234,7 +4258,7 @@ def read_state(path: str, shape: Mapping[str, Any], log: Callable[..., None]) ->
         return value
     except FileNotFoundError:
         return {}
-    except (ValueError, ConfigError) as e:
+    except (ValueError, RecursionError, ConfigError) as e:
         aside = f"{path}.damaged-{int(time.time())}"
         os.replace(path, aside)
         log(level="warning", event="state-damaged", file=path, why=str(e), kept_as=aside)
@@ -4285,7 +4309,7 @@ class Breaker:
         return Admission(now, probe=True)
 
     def answered(self, admission: Admission) -> None:
-        """The first word has come: others may follow the probe, but one more failure opens it again."""
+        """The first word has come, or the end of an answer without any: others may follow the probe, but one more failure opens it again."""
         if admission.probe and self.until is not None:
             self.until, self.probing, self.failures = None, False, max(0, int(self._settings["failures"]) - 1)
 
@@ -4301,7 +4325,7 @@ class Breaker:
     def failed(self, admission: Admission, error: ProviderError, now: float) -> None:
         """Count a failure, and open if that is one too many, or a limit."""
         self.released(admission)
-        known = admission.at <= self.failed_at and error.opens is None
+        known = admission.at <= self.failed_at and error.same_provider
         if not self._settings["failures"] or known or (self.until is not None and not admission.probe):
             return
         self.failures, self.failed_at = self.failures + 1, now
@@ -4309,15 +4333,26 @@ class Breaker:
         if not admission.probe and error.opens is None and self.failures < self._settings["failures"]:
             return
         wait = (error.opens or self._settings["seconds"]) * 2.0 ** min(self.opened, 30)
-        wait = min(wait, self._settings["longest"]) if error.retry_after is None else error.retry_after
+        wait = error.retry_after or min(wait, self._settings["longest"])
         self.opened += 1
         self.until, self.resets = now + min(wait, self._settings["longest"]), now + wait
+
+
+MAX_BREAKERS = 500          # that are remembered at a time
+MAX_RESET = 31 * 86400.0    # seconds; no limit lasts longer
+
+
+def _told_to_wait(error: ProviderError) -> ProviderError:
+    """The error, which says when to come back, with whether a client that obeys it will: none waits for long."""
+    if error.should_retry is not False and error.retry_after is not None:
+        error.should_retry = error.retry_after <= RETRY_AT_MOST
+    return error
 
 
 class Breakers:
     """The breakers of all "provider/model"s that have failed of late, kept in a file while they are not closed. For any thread."""
 
-    SHAPE = {"breakers": {"*": {"until": float, "resets": float, "failures": int, "opened": int, "error": [str]}}}
+    SHAPE = {"breakers": {"*": {"until": float, "resets": float, "failures": int, "opened": int, "error": {"class": str, "what": str, "why": str, "do": str}}}}
 
     def __init__(self, path: str = "", log: Callable[..., None] = lambda **kw: None, clock: Callable[[], float] = time.monotonic):
         self._path, self._log, self._clock = path, log, clock
@@ -4335,9 +4370,9 @@ class Breakers:
         shift = self._clock() - time.time()
         for key, row in rows.items():
             self._breakers[key] = breaker = Breaker(settings(key))
-            breaker.failures, breaker.opened, breaker.error = row["failures"], row["opened"], tuple(row["error"])
+            breaker.failures, breaker.opened, breaker.error = row["failures"], row["opened"], tuple(row["error"][k] for k in ("class", "what", "why", "do"))
             breaker.until = min(row["until"] + shift, self._clock() + settings(key)["longest"])
-            breaker.resets = row["resets"] + shift
+            breaker.resets = min(row["resets"] + shift, self._clock() + MAX_RESET)
 
     def admit(self, key: str) -> Admission:
         """Let a request through. Raises what the provider said last if it must not be asked now."""
@@ -4353,14 +4388,12 @@ class Breakers:
     def _refusal(key: str, breaker: Breaker, now: float) -> ProviderError:
         """The limit or the missing login itself, as long as it is known, rather than a mere "paused"."""
         name, what, why, do = breaker.error
-        cls, left = ERROR_CLASSES.get(name, ProviderError), max(1.0, breaker.resets - now)
+        cls, left = ERROR_CLASSES.get(name, ProviderError), max(5.0 if breaker.probing else 1.0, breaker.resets - now)
         if cls.status >= 500:
             cls, why = Paused, f"{breaker.failures} requests in a row have failed, the last because {what}" + (f": {why}" if why else "")
             what, do = f"{key} is not asked for another {left:.0f} s", f"wait, use another model, or POST /admin/breakers/{key}/reset"
         error = cls(what, why, do, retry_after=None if cls is BillingRefused else left)
-        if cls.should_retry is not False:
-            error.should_retry = left <= RETRY_AT_MOST
-        return error
+        return _told_to_wait(error)
 
     def answered(self, key: str, admission: Admission) -> None:
         self._change(key, lambda b: b.answered(admission))
@@ -4373,13 +4406,12 @@ class Breakers:
 
     def failed(self, key: str, admission: Admission, error: ProviderError, settings: Mapping[str, float]) -> None:
         """Count a failure; if that opens the breaker and the CLI gave no time, the error says when it is asked again."""
-        with self._lock:
-            self._breakers.setdefault(key, Breaker(settings))
-        self._change(key, lambda b: b.failed(admission, error, self._clock()))
-        with self._lock:
-            breaker = self._breakers.get(key)
-            if breaker is not None and breaker.until is not None and error.retry_after is None and not isinstance(error, BillingRefused):
+        def change(breaker: Breaker) -> None:
+            breaker.failed(admission, error, self._clock())
+            if breaker.until is not None and not error.retry_after and not isinstance(error, BillingRefused):
                 error.retry_after = max(1.0, breaker.resets - self._clock())
+                _told_to_wait(error)
+        self._change(key, change, settings)
 
     def reset(self, provider: str, model: str = "") -> List[str]:
         """Close those of a model, or of all models of the provider; their keys."""
@@ -4391,22 +4423,30 @@ class Breakers:
         return keys
 
     def table(self) -> Dict[str, Dict[str, Any]]:
-        """{provider/model: state, failures in a row, seconds until it is asked again, the last failure's code, what and why}."""
+        """{provider/model: state, failures in a row, seconds until it is asked again and until its limit resets, the last failure's
+        code, what and why}."""
+        def row(b: Breaker) -> Dict[str, Any]:
+            left = lambda at: round(max(0.0, at - now), 1) if b.until is not None else None      # noqa: E731
+            return {"state": b.state(now), "failures": b.failures, "retry_after": left(b.until or 0.0), "resets_after": left(b.resets),
+                    "code": ERROR_CLASSES.get(b.error[0], ProviderError).code, "what": b.error[1], "why": b.error[2]}
         now = self._clock()
         with self._lock:
-            return {key: {"state": b.state(now), "failures": b.failures, "retry_after": round(max(0.0, b.resets - now), 1) if b.until is not None else None,
-                          "code": ERROR_CLASSES.get(b.error[0], ProviderError).code, "what": b.error[1], "why": b.error[2]} for key, b in self._breakers.items()}
+            return {key: row(breaker) for key, breaker in self._breakers.items()}
 
-    def _change(self, key: str, change: Callable[[Breaker], Any]) -> None:
+    def _change(self, key: str, change: Callable[[Breaker], Any], create: Optional[Mapping[str, float]] = None) -> None:
+        """Change a breaker, and tell and keep what has come of it. One with nothing to remember is forgotten, and of more than
+        MAX_BREAKERS (names of models come from clients) the one that has not been touched for longest."""
         with self._lock:
-            breaker = self._breakers.get(key)
+            breaker = self._breakers.pop(key, None) or (Breaker(create) if create is not None else None)
             if breaker is None:
                 return
             before = breaker.until
             change(breaker)
+            if breaker.until is not None or breaker.failures or breaker.opened:
+                self._breakers[key] = breaker
+            while len(self._breakers) > MAX_BREAKERS:
+                del self._breakers[next(iter(self._breakers))]
             after, left = breaker.until, breaker.resets - self._clock()
-            if after is None and not breaker.failures:
-                del self._breakers[key]
         if after != before:
             self._log(level="warning", event="breaker", key=key, state="closed" if after is None else "open", seconds=None if after is None else round(left, 1),
                       failures=breaker.failures, code=ERROR_CLASSES.get(breaker.error[0], ProviderError).code if after is not None else None)
@@ -4418,7 +4458,8 @@ class Breakers:
         with self._writing:                 # the last to write has seen the latest
             shift = time.time() - self._clock()
             with self._lock:
-                rows = {key: {"until": b.until + shift, "resets": b.resets + shift, "failures": b.failures, "opened": b.opened, "error": b.error}
+                rows = {key: {"until": b.until + shift, "resets": b.resets + shift, "failures": b.failures, "opened": b.opened,
+                              "error": dict(zip(("class", "what", "why", "do"), b.error))}
                         for key, b in self._breakers.items() if b.until is not None}
             try:
                 write_state(self._path, {"breakers": rows})
@@ -4427,8 +4468,12 @@ class Breakers:
 
 
 # === Router ==========================================================================================================
-# One answer out of the strategies of a provider: which provider a model name means, a slot, a place, a child, its events,
-# the step down when a strategy is broken; and what the CLI does not do itself: stop sequences, max_tokens.
+# One answer out of the providers of a model name:
+#
+#     cascade -> attempt -> breaker -> strategy -> slot -> a process, or a conversation of one that stays     (failover: the next step)
+#     client  <- seam taken out <- stop sequences, max_tokens, where the CLI does not do that itself <- events (continuation: once more)
+#
+# Until the first word a failure is invisible: the next step is asked. After it another attempt goes on with what was said.
 
 
 def whole_characters(events: Iterator[Event]) -> Iterator[Event]:
@@ -4572,12 +4617,15 @@ class Overlap:
         return not _LETTER.match(self.text[self.same]) or not self.whole and (self.cuts_words or self.same > 1)
 
 
+HELD_QUIET = 10.0           # seconds of holding text back after which the client is told that it is kept waiting
+
+
 def after_seam(events: Iterator[Event], said: str, cuts_words: bool) -> Iterator[Event]:
     """The events of an answer that goes on after `said`, without Thinking and without what repeats the end of `said`.
 
     Text is held back only while it may yet be a repetition. If `events` raises, what is held is lost: the client never had it.
     """
-    overlap, held, repeated, passed = Overlap(said, cuts_words), "", None, not said
+    overlap, held, repeated, passed, quiet = Overlap(said, cuts_words), "", None, not said, time.monotonic()
     space = said[len(said.rstrip()):]
     for event in events:
         if isinstance(event, Thinking):
@@ -4594,6 +4642,9 @@ def after_seam(events: Iterator[Event], said: str, cuts_words: bool) -> Iterator
                 if rest:
                     lost = not repeated and not cuts_words and _LOST_SPACE.match(said[-1] + rest[0])
                     yield Text(" " + rest if lost else rest)
+            elif time.monotonic() - quiet >= HELD_QUIET:
+                quiet = time.monotonic()
+                yield Waiting()
             if not ended:
                 continue
         yield event
@@ -4617,6 +4668,17 @@ class _closing:
         close = getattr(self._events, "close", None)
         if close:
             close()
+
+
+def all_or_nothing(events: Iterator[Event]) -> Iterator[Event]:
+    """The same events, but none of the answer before it is whole: one that breaks off can then be asked for anew."""
+    held = []
+    for event in events:
+        if isinstance(event, Waiting):
+            yield event
+        else:
+            held.append(event)
+    yield from held
 
 
 @dataclass(frozen=True)
@@ -4676,12 +4738,14 @@ class Answer:
 
     def __init__(self, request: Request, steps: Sequence[Step], scope: Scope):
         self.request, self.steps, self.scope, self.began = request, steps, scope, time.monotonic()
-        self.attempt, self.attempts = Attempt(steps[0], request, scope), 0
+        self.attempt = Attempt(steps[0], request, scope)        # changed, as all that follows, by the request's own thread only
+        self.asked: List[Attempt] = []
         self.tried: List[Tuple[str, str]] = []
         self.errors: List[ProxyError] = []
         self.seams: List[int] = []
         self.said: List[str] = []                               # the pieces of text that the client has
         self.thought = self.estimated = False
+        self.total: Optional[Usage] = None                      # of the whole answer, once that is there
         self.failed_at = self.failover = 0.0                    # when the last failure was seen; seconds from there to the next word
         self.events: Iterator[Event] = iter(())
 
@@ -4692,7 +4756,7 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        return self.attempt.usage
+        return self.total or self.attempt.usage
 
     @property
     def finish(self) -> str:
@@ -4701,7 +4765,7 @@ class Answer:
     @property
     def route(self) -> str:
         """claude/sonnet=overloaded, gemini/gemini-2.5-pro=ok"""
-        now = [(self.attempt.step.key, "ok")] if self.attempts and not self.attempt.over else []
+        now = [(self.attempt.step.key, "ok")] if self.asked and not self.attempt.over else []
         return ", ".join(f"{key}={outcome}" for key, outcome in [*self.tried, *now])
 
     def watched(self, events: Iterator[Event]) -> Iterator[Event]:
@@ -4728,7 +4792,10 @@ class Answer:
             self.estimated = True
             asked = "".join(p.text for m in self.request.messages for p in m.parts if isinstance(p, (TextPart, ResultPart)))
             usage = Usage(estimate_tokens(asked), estimate_tokens(said)).merged(usage)
-        self.attempt.usage = usage
+        self.total = usage
+
+
+MAX_STEPS = 500             # that the ledger has a row for; names of models come from clients
 
 
 class Ledger:
@@ -4743,6 +4810,7 @@ class Ledger:
     def attempt(self, key: str, usage: Usage, outcome: str) -> None:
         """One provider/model was asked once; outcome: ok, cancelled or an error's code."""
         with self._lock:
+            key = key if key in self._steps or len(self._steps) < MAX_STEPS else key.partition("/")[0] + "/other"
             row = self._steps.setdefault(key, {"requests": 0, "outcomes": {}})
             row["outcomes"][outcome] = row["outcomes"].get(outcome, 0) + 1
             self._add(row, usage)
@@ -4819,10 +4887,13 @@ class Puller:
         self._over.set()
         self._scope.cancel()
 
-    def stop(self) -> None:
-        """Cancel it, and wait until what it pulls is closed."""
-        self.cancel()
-        self._thread.join()
+    @staticmethod
+    def stop_all(pullers: Mapping[Any, Puller]) -> None:
+        """Cancel them, and wait until what they pull is closed."""
+        for puller in pullers.values():
+            puller.cancel()
+        for puller in pullers.values():
+            puller._thread.join()
 
 
 # Which error helps most if all have failed: one that passes by itself, one that the client can mend, one that the person can.
@@ -4953,11 +5024,12 @@ class Router:
         given the conversation and what was said of the answer, and goes on from there."""
         left, broke, again = deque(answer.steps), None, set()     # type: Tuple[deque, Optional[ProxyError], Set[str]]
         while left:
-            step, before = self._next(left), answer.progress
+            before = answer.progress
             try:
-                yield from self._try(answer, step, left)
+                yield from self._try(answer, self._next(left), left)
                 return self.ledger.answered(answer.request.key_id, answer.usage)
             except ProxyError as e:
+                step, answer.failed_at = answer.attempt.step, time.monotonic()
                 if answer.progress != before:       # it broke off; one that has come to nothing leaves the text as it was
                     broke = e
                     if not self._may_go_on(answer, e):
@@ -4977,7 +5049,7 @@ class Router:
 
     def _may_go_on(self, answer: Answer, error: ProxyError) -> bool:
         """Can another attempt go on with an answer that broke off? Not if it is to be JSON: no second beginning could be joined to it."""
-        return self._go_on and error.next_provider and len(answer.seams) < MAX_SEAMS and "response_format" not in answer.request.params
+        return self._go_on and error.next_provider and len(answer.seams) < MAX_SEAMS and not (answer.said and "response_format" in answer.request.params)
 
     @staticmethod
     def _continued(answer: Answer) -> Request:
@@ -4994,96 +5066,112 @@ class Router:
         if step.provider.row["hedge_ms"] and left and not any(answer.progress):
             yield from self._hedged(answer, step, left, step.provider.row["hedge_ms"] / 1000)
             return
-        events = self._attempt(answer, Attempt(step, self._continued(answer), answer.scope), bool(left))
-        yield from after_seam(events, "".join(answer.said), cuts_words(answer.said)) if any(answer.progress) else events
+        attempt = Attempt(step, self._continued(answer), answer.scope)
+        answer.attempt, at = attempt, len("".join(answer.said))
+        answer.asked.append(attempt)
+        with _closing(self._attempt(answer, attempt, bool(left))) as events:
+            if any(answer.progress):
+                events = after_seam(events, "".join(answer.said), cuts_words(answer.said))
+            elif "response_format" in answer.request.params and not answer.request.stream:
+                events = all_or_nothing(events)
+            for event in events:
+                if at and isinstance(event, Text):
+                    answer.seams.append(at)
+                    at = 0
+                yield event
 
     def _attempt(self, answer: Answer, attempt: Attempt, others: bool) -> Iterator[Event]:
-        """What one provider answers, its circuit breaker before it. `others`: there is somebody else to go to."""
-        key, provider, outcome, spoke = attempt.step.key, attempt.step.provider, "cancelled", False
+        """What one provider answers, its circuit breaker before it, and what came of it noted. `others`: there is somebody else to go to."""
+        key, provider, outcome, spoke = attempt.step.key, attempt.step.provider, "open", False
+        admission = Admission(0.0)
         try:
             admission = self.breakers.admit(key)
-        except ProviderError as e:
-            answer.tried.append((key, "open"))
-            answer.errors.append(e)
-            raise
-        answer.attempt, answer.attempts = attempt, answer.attempts + 1
-        attempt.scope.begin(self._limits(answer, provider, others), provider.name)
-        try:
+            outcome = "cancelled"
+            attempt.scope.begin(self._limits(answer, provider, others), provider.name, answer.began)
             with contextlib.closing(self._down_the_strategies(attempt)) as events:
                 for event in events:
-                    if not spoke and isinstance(event, (Text, Thinking)):
+                    if not spoke and isinstance(event, (Text, Thinking, Done)):
                         spoke = True
                         self.breakers.answered(key, admission)
                         admission = replace(admission, probe=False)
-                        answer.seams += [sum(map(len, answer.said))] if answer.said else []
                     if isinstance(event, Done):
                         outcome = "ok"
                         self.breakers.succeeded(key)
                     yield event
         except ProxyError as e:
-            outcome, answer.failed_at = e.code, time.monotonic()
             answer.errors.append(e)
-            if isinstance(e, ProviderError) and e.counts:
-                e.retry_after = self.ledger.exact(provider.name, e.retry_after) if e.opens else e.retry_after
-                self.breakers.failed(key, admission, e, provider.breaker)
-            if others or answer.said:
-                self._log(level="warning", event="broke-off" if spoke else "failed", provider=key, error=e.code, ms=round(attempt.since() * 1000))
+            if outcome != "open":
+                outcome = e.code
+                self._note_failure(attempt, admission, e, spoke, others)
             raise
         finally:
             self.breakers.released(key, admission)
-            answer.tried.append((key, outcome))
             attempt.over = True
-            self.ledger.attempt(key, attempt.usage, outcome)
+            answer.tried.append((key, outcome))
+            if outcome != "open":
+                self.ledger.attempt(key, attempt.usage, outcome)
+
+    def _note_failure(self, attempt: Attempt, admission: Admission, error: ProxyError, spoke: bool, others: bool) -> None:
+        """Tell the circuit breaker of it, and the log, unless it is the answer itself, which is logged anyway."""
+        key, provider = attempt.step.key, attempt.step.provider
+        if isinstance(error, ProviderError) and error.counts:
+            error.retry_after = self.ledger.exact(provider.name, error.retry_after) if error.opens else error.retry_after
+            self.breakers.failed(key, admission, error, provider.breaker)
+        if others or spoke:
+            self._log(level="warning", event="broke-off" if spoke else "failed", provider=key, error=error.code, ms=round(attempt.since() * 1000))
 
     @staticmethod
     def _limits(answer: Answer, provider: Provider, others: bool) -> Dict[str, float]:
         """The time-outs of one attempt: all share the time in the queue, and while there is somebody else to go to, less is waited
         for the first event."""
         limits = dict(provider.timeouts)
-        limits["queue"] = max(0.0, limits.get("queue", 60.0) + answer.began - time.monotonic())
+        limits["queue"] = max(0.0, limits.get("queue", 60.0) - sum(attempt.queued for attempt in answer.asked))
         if others and "failover" in limits:
             limits["first"] = min(limits.get("first", limits["failover"]), limits["failover"])
         return limits
 
     def _hedged(self, answer: Answer, step: Step, left: deque, seconds: float) -> Iterator[Event]:
         """If the first attempt has no word after so many seconds, the next step is asked as well, and one more for each that fails
-        from then on; who speaks first is the answer, the others are cancelled."""
+        from then on; who speaks first is the answer, the others are cancelled, and may be asked again should it break off."""
         arrived: queue.Queue = queue.Queue(maxsize=8)
         pullers: Dict[Attempt, Puller] = {}
-        winner, waiting, due = None, set(), time.monotonic() + seconds       # type: Tuple[Optional[Attempt], Set[Attempt], Optional[float]]
-
-        def start(step: Step) -> None:
-            attempt = Attempt(step, answer.request, answer.scope.twin(scopes))
-            waiting.add(attempt)
-            pullers[attempt] = Puller(attempt, self._attempt(answer, attempt, bool(left)), attempt.scope, arrived)
-
+        first, winner, due = None, None, time.monotonic() + seconds       # type: Tuple[Optional[Attempt], Optional[Attempt], Optional[float]]
         with contextlib.ExitStack() as scopes, contextlib.ExitStack() as stops:     # a scope is closed when what it is for has stopped
-            stops.callback(lambda: [puller.stop() for puller in pullers.values()])
-            start(step)
+            stops.callback(Puller.stop_all, pullers)
+            waiting = {self._start(answer, step, left, scopes, pullers, arrived)}
+            first = answer.attempt = next(iter(waiting))
             while True:
                 try:
                     attempt, item = arrived.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
                 except queue.Empty:
                     due = None
-                    start(self._next(left))
+                    waiting.add(self._start(answer, self._next(left), left, scopes, pullers, arrived))
                     continue
                 if isinstance(item, BaseException):
                     waiting.discard(attempt)
-                    if attempt is winner or (winner is None and not getattr(item, "next_provider", False)):
+                    if attempt is winner or (winner is None and (not isinstance(item, ProxyError) or attempt is first and not item.next_provider)):
                         raise item
                     if winner is None and due is None and left:
-                        start(self._next(left))
+                        waiting.add(self._start(answer, self._next(left), left, scopes, pullers, arrived))
                     elif winner is None and not waiting:
                         raise item
                 elif winner is None and isinstance(item, (Text, Thinking, Done)):
-                    winner, due = attempt, None
-                    answer.attempt = attempt
-                    for other in pullers.keys() - {winner}:
+                    winner = answer.attempt = attempt
+                    due = None
+                    for other in waiting - {winner}:
                         pullers[other].cancel()
+                        left.append(other.step)
                 if attempt is winner and item is None:
                     return
                 if attempt is winner or isinstance(item, Waiting):
                     yield item
+
+    def _start(self, answer: Answer, step: Step, left: deque, scopes: contextlib.ExitStack, pullers: Dict[Attempt, Puller], arrived: queue.Queue) -> Attempt:
+        """Have a step asked by a thread of its own."""
+        attempt = Attempt(step, answer.request, answer.scope.twin(scopes))
+        answer.asked.append(attempt)
+        pullers[attempt] = Puller(attempt, self._attempt(answer, attempt, bool(left)), attempt.scope, arrived)
+        return attempt
 
     @staticmethod
     def _most_useful(answer: Answer) -> ProxyError:
@@ -5095,8 +5183,8 @@ class Router:
         what = f"none of the {len(answer.steps)} providers of `{answer.request.model}` could answer" if len(answer.steps) > 1 else best.what
         error = type(best)(what, "; ".join(dict.fromkeys(e.what + (f": {e.why}" if e.why else "") for e in errors)), best.do, param=best.param, code=best.code,
                            retry_after=min((e.retry_after for e in errors if e.retry_after is not None), default=None))
-        error.should_retry = best.should_retry if error.retry_after is None else error.retry_after <= RETRY_AT_MOST
-        return error
+        error.should_retry = best.should_retry
+        return _told_to_wait(error) if isinstance(error, ProviderError) else error
 
     def _down_the_strategies(self, attempt: Attempt) -> Iterator[Event]:
         """The best strategy that works; before the first event the next one, or the same one without a parameter that was refused."""
@@ -5176,9 +5264,11 @@ class Router:
         """One strategy's answer, with what the CLI does not do itself, while a slot of the strategy is held."""
         turn, params = attempt.turn, attempt.turn.request.params
         slots = self._slots[turn.provider.name, strategy.driver]
-        yield from slots.line(attempt.scope, turn.provider.name, turn.request.key_id)
         try:
+            yield from slots.line(attempt.scope, turn.provider.name, turn.request.key_id)
+        finally:
             attempt.queued = attempt.since()
+        try:
             attempt.scope.enter("start")
             given = replace(turn, request=replace(turn.request, params={k: v for k, v in params.items() if attempt.params.get(k) == "native"}))
             source = self._from_resident(attempt, given, strategy) if strategy.stays else self._from_process(attempt, given, strategy, binary)
@@ -5554,7 +5644,9 @@ class ChatCompletions:
                 "completion_tokens_details": {"reasoning_tokens": sum(a.usage.reasoning or 0 for a in answers)}}
 
     def frames(self, request: Request, answers: Sequence[Answer], events: Iterator[Tuple[int, Event]]) -> Iterator[bytes]:
-        """SSE frames of a streamed answer: a role chunk for each choice, one kind of delta in a chunk, one finish reason, usage last."""
+        """SSE frames of a streamed answer: a role chunk for each choice, one kind of delta in a chunk, one finish reason, usage last;
+        a comment if who answered is not who the headers, which are just out, have named."""
+        told = [answer.attempt.step for answer in answers]
         base = {"id": "chatcmpl-" + uuid.uuid4().hex, "object": "chat.completion.chunk", "created": int(time.time()), "model": request.model}
         if request.stream_usage:
             base["usage"] = None
@@ -5574,9 +5666,10 @@ class ChatCompletions:
                 yield chunk(index, {}, event.reason)
         if request.stream_usage:
             yield self._frame({**base, "choices": [], "usage": self.usage(answers)})
-        for answer in answers:
-            if answer.seams:                # too late for a header
-                yield f": cliproxy seams={len(answer.seams)} at={','.join(map(str, answer.seams))} tried={answer.route}\n\n".encode()
+        for answer, step in zip(answers, told):
+            if answer.seams or answer.attempt.step is not step:     # too late for a header
+                at = f" at={','.join(map(str, answer.seams))}" if answer.seams else ""
+                yield f": cliproxy seams={len(answer.seams)}{at} tried={answer.route}\n\n".encode()
         yield b"data: [DONE]\n\n"
 
     def whole(self, request: Request, answers: Sequence[Answer], events: Iterable[Tuple[int, Event]]) -> bytes:
@@ -5628,7 +5721,7 @@ def merged_events(answers: Sequence[Answer]) -> Iterator[Tuple[int, Event]]:
                 yield 0, event
         return
     arrived: queue.Queue = queue.Queue(maxsize=4 * len(answers))
-    pullers = [Puller(i, answer.events, answer.scope, arrived) for i, answer in enumerate(answers)]
+    pullers = {i: Puller(i, answer.events, answer.scope, arrived) for i, answer in enumerate(answers)}
     try:
         left = len(answers)
         while left:
@@ -5639,10 +5732,7 @@ def merged_events(answers: Sequence[Answer]) -> Iterator[Tuple[int, Event]]:
             if item is not None:
                 yield index, item
     finally:
-        for answer in answers:
-            answer.scope.cancel()
-        for puller in pullers:
-            puller.stop()
+        Puller.stop_all(pullers)
 
 
 DIALECTS = {"/chat/completions": ChatCompletions()}
@@ -5851,7 +5941,8 @@ class Handler(BaseHTTPRequestHandler):
         if path in ("/health", "/"):
             return self._send_json(200, {"status": "stopping" if self.server.state.stopping.is_set() else "ok", "version": VERSION,
                                          "providers": [p.name for p in router.installed()],
-                                         "breakers": {key: {"state": row["state"], "retry_after": row["retry_after"]} for key, row in router.breakers.table().items()}})
+                                         "breakers": {key: {"state": row["state"], "retry_after": row["retry_after"]}
+                                                      for key, row in router.breakers.table().items() if row["state"] != "closed"}})
         if path == "/usage":
             return self._send_json(200, router.ledger.table())
         if path == "/admin/breakers":
@@ -5892,8 +5983,6 @@ class Handler(BaseHTTPRequestHandler):
         """Close a provider's circuit breakers, or that of one model of it: whoever has seen to the cause need not wait."""
         m = RESET_PATH.fullmatch(path)
         assert m is not None
-        self._unread = False            # a body, if there is one, is not looked at
-        self.close_connection = self.close_connection or self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
         provider, _, model = m.group(1).partition("/")
         router = self.server.state.router
         if provider not in router.providers:
@@ -5981,7 +6070,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _note(self, answers: Sequence[Answer]) -> None:
         first, attempt = answers[0], answers[0].attempt
-        self._tried = {"x-cliproxy-attempts": str(first.attempts), "x-cliproxy-tried": re.sub(r"[^ -~]", "?", first.route)}     # for an error
+        self._tried = {"x-cliproxy-attempts": str(len(first.asked)), "x-cliproxy-tried": re.sub(r"[^ -~]", "?", first.route)}     # for an error
         ms = lambda seconds: round(seconds * 1000) if seconds else None     # noqa: E731
         self._fields.update(provider=attempt.turn.provider.name + ("/" + attempt.turn.model if attempt.turn.model else ""),
                             strategy=attempt.strategy.driver if attempt.strategy else None, session=attempt.session or None, n=len(answers) if len(answers) > 1 else None,
@@ -5994,7 +6083,7 @@ class Handler(BaseHTTPRequestHandler):
         first, attempt = answers[0], answers[0].attempt
         params = [f"{name}={how}" for name, how in attempt.params.items()] + (["usage=estimated"] if first.estimated else [])
         headers = {"x-cliproxy-provider": attempt.turn.provider.name, "x-cliproxy-model": attempt.turn.model or "default",
-                   "x-cliproxy-strategy": attempt.strategy.driver if attempt.strategy else "none", "x-cliproxy-attempts": str(first.attempts)}
+                   "x-cliproxy-strategy": attempt.strategy.driver if attempt.strategy else "none", "x-cliproxy-attempts": str(len(first.asked))}
         if params:
             headers["x-cliproxy-params"] = ", ".join(params)
         if "," in first.route:
@@ -6532,8 +6621,6 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise ConfigError(f"--host {args.host} lets other machines in, so it needs a key: add --api-key KEY, or set CLIPROXY_API_KEY")
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port must be between 0 and 65535, found {args.port}")
-    if args.hedge_ms is not None and args.hedge_ms < 0:
-        raise ConfigError(f"--hedge-ms must not be negative, found {args.hedge_ms:g}")
     for name in ("keepalive", "max_body_mb", "max_connections"):
         if getattr(args, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be more than 0, found {getattr(args, name):g}")
@@ -6679,6 +6766,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         config = merged_providers(args.providers)
         if getattr(args, "hedge_ms", None) is not None:
+            _not_negative(args.hedge_ms, "--hedge-ms")
             config = merged(config, {"defaults": {"hedge_ms": args.hedge_ms}})
         providers, routes = load_providers(config), load_routes(config, getattr(args, "route", []))
         if args.command == "providers":

@@ -582,7 +582,6 @@ if __name__ == "__main__":
 
 import ast
 import atexit
-import base64
 import concurrent.futures
 import contextlib
 import datetime
@@ -1030,8 +1029,8 @@ VARIANTS = {
 }
 
 
-ROUTES = ("two=claude,gemini", "three=claude/opus, gemini/flash, codex", "hedged=claude-hedged,gemini,codex", "silent=claude-failover,gemini", "pictures=claude-text,echo,gemini",
-          "narrow=claude-single,gemini")
+ROUTES = ("two=claude,gemini", "json=gemini,codex", "three=claude/opus, gemini/flash, codex", "hedged=claude-hedged,gemini,codex", "silent=claude-failover,gemini", "pictures=claude-text,echo,gemini",
+          "narrow=claude-single,gemini", "hasty=claude-total,gemini")
 
 
 class Shared:
@@ -1577,6 +1576,8 @@ def test_the_twin_of_a_scope_watches_the_same_client_and_is_cancelled_with_it(pa
         threading.Timer(0.01, scope.cancel).start()
         with pytest.raises(cliproxy.Cancelled):
             twin.wait([])
+        with pytest.raises(cliproxy.Cancelled):
+            scope.twin(stack).wait([])
 
 
 def test_no_stage_outlasts_the_total_time_out():
@@ -3197,9 +3198,9 @@ def test_of_many_requests_one_is_the_probe_and_the_next_one_if_it_tells_nothing(
         t.start()
     for t in threads:
         t.join()
-    assert [a.probe for a in probes] == [True] and others == [1] * 49
+    assert [a.probe for a in probes] == [True] and others == [5] * 49
     breakers.released("claude/sonnet", probes[0])       # its client has gone
-    assert breakers.admit("claude/sonnet").probe and refused(breakers).retry_after == 1
+    assert breakers.admit("claude/sonnet").probe and refused(breakers).retry_after == 5
 
 
 def test_requests_from_before_the_trouble_neither_open_it_further_nor_close_it(breakers, clock):
@@ -3208,6 +3209,62 @@ def test_requests_from_before_the_trouble_neither_open_it_further_nor_close_it(b
     breakers.failed("claude/sonnet", before, crash(), SETTINGS)
     breakers.succeeded("claude/sonnet")
     assert states(breakers) == {"claude/sonnet": "open"} and round(refused(breakers).retry_after) == 10
+
+
+def test_a_probe_that_is_answered_without_a_word_is_answered(breakers, clock):
+    failing(breakers, 3)
+    clock.now += 10
+    breakers.answered("claude/sonnet", breakers.admit("claude/sonnet"))
+    breakers.succeeded("claude/sonnet")
+    assert states(breakers) == {}
+
+
+def test_a_limit_that_resets_in_this_moment_is_waited_for_as_if_no_time_were_named(breakers, clock):
+    waits = []
+    for _ in range(3):
+        failing(breakers, 1, cliproxy.RateLimited, what="slow down", retry_after=0.0)
+        waits.append(round(refused(breakers).retry_after))
+        clock.now += waits[-1]
+    assert waits == [5, 10, 20]
+
+
+def test_the_time_is_doubled_until_an_answer_is_whole(breakers, clock):
+    settings, waits = {**SETTINGS, "failures": 1}, []
+    for _ in range(3):
+        admission = breakers.admit("claude/sonnet")
+        breakers.answered("claude/sonnet", admission)
+        breakers.failed("claude/sonnet", cliproxy.Admission(admission.at), crash(), settings)
+        waits.append(round(refused(breakers).retry_after))
+        clock.now += waits[-1]
+    assert waits == [10, 20, 40]
+
+
+def test_breakers_are_remembered_for_so_many_models_only(breakers):
+    for i in range(cliproxy.MAX_BREAKERS + 10):
+        failing(breakers, 1, key=f"claude/{i}")
+    assert len(breakers.table()) == cliproxy.MAX_BREAKERS and "claude/9" not in breakers.table() and "claude/10" in breakers.table()
+
+
+def test_who_would_have_to_wait_for_long_is_not_told_to_try_again(breakers, clock):
+    for _ in range(6):
+        error = cliproxy.RateLimited("slow down")
+        breakers.failed("claude/sonnet", breakers.admit("claude/sonnet"), error, SETTINGS)
+        clock.now += error.retry_after
+    assert error.retry_after == 160 and error.should_retry is False
+
+
+def test_a_file_of_breakers_that_was_tampered_with_does_no_harm(clock, tmp_path):
+    path, row = tmp_path / "breakers.json", {"until": 9e15, "resets": 9e15, "failures": 3, "opened": 1, "error": {"class": "quota", "what": "x", "why": "", "do": ""}}
+    path.write_text(json.dumps({"version": 1, "breakers": {"claude/sonnet": row}}))
+    breakers = cliproxy.Breakers(str(path), noted()[0], clock)
+    breakers.load(lambda key: SETTINGS)
+    row = breakers.table()["claude/sonnet"]
+    assert row["retry_after"] == 1800 and row["resets_after"] <= 31 * 86400
+    for text in ('{"version": 1, "breakers": {"a/b": {"until": Infinity}}}', "[" * 100000, json.dumps({"version": 1, "breakers": {"a/b": {"until": 1, "resets": 1, "failures": 1, "opened": 1, "error": ["x"]}}})):
+        path.write_text(text)
+        log, rows = noted()
+        cliproxy.Breakers(str(path), log, clock).load(lambda key: SETTINGS)
+        assert rows[0]["event"] == "state-damaged"
 
 
 def test_each_model_of_each_provider_has_a_breaker_of_its_own(breakers):
@@ -3368,6 +3425,12 @@ def test_other_events_pass_while_text_is_held_back_and_thinking_is_dropped():
     events = [Thinking("x"), Text("w2"), Waiting(), Thinking("w3"), Usage(1), Text(""), Text(" w"), Usage(2), Done("length")]
     assert list(cliproxy.after_seam(iter(events), "w1 w2 w3", False)) == [Waiting(), Usage(1), Usage(2), Text(" w2 w"), Done("length")]
     assert list(cliproxy.after_seam(iter([Thinking("x"), Text(" a"), Done("stop")]), "", False)) == [Text(" a"), Done("stop")]
+
+
+def test_a_client_is_told_that_it_is_kept_waiting_while_text_is_held_back(monkeypatch):
+    monkeypatch.setattr(cliproxy, "HELD_QUIET", 0)
+    events = [Text("w1"), Text(" "), Text("w2 w3"), Done("stop")]
+    assert list(cliproxy.after_seam(iter(events), "w1 w2", False)) == [Waiting(), Waiting(), Text(" w3"), Done("stop")]
 
 
 def test_text_held_back_is_dropped_with_an_error():
@@ -3895,6 +3958,20 @@ def test_while_there_is_somebody_else_less_is_waited_for_the_first_word(proxy):
     assert proxy.ask("silent").headers["x-cliproxy-tried"] == "claude-failover/default=first_timeout, gemini/gemini-2.5-pro=ok"
 
 
+def test_the_time_for_the_whole_answer_is_shared_by_all_who_are_asked(proxy):
+    proxy.play("claude-total", ["begin"], ["say", ["w "]], ["wait", "never"])
+    assert proxy.ask("hasty").error == (504, "server_error", "total_timeout", None) and proxy.runs("gemini") == 0
+
+
+def test_a_stream_that_a_silent_first_step_held_up_says_at_its_end_who_answered(serve):
+    proxy = serve(["--route", "silent=claude,gemini", "--keepalive", "0.05"], clis=["claude", "gemini"], tune={"COMMIT_AFTER": 0.1}, providers={"claude": one_shot("claude", timeouts={"failover": 0.4})},
+                  scripts={"claude": {"steps": [["begin"], ["wait", "never"]]}})
+    answered = proxy.ask("silent", stream=True)
+    frames = answered.frames
+    comment = frames.pop(-2)
+    assert said(frames)[0][0] == "".join(HELLO) and answered.headers["x-cliproxy-provider"] == "claude" and comment == ": cliproxy seams=0 tried=claude/sonnet=first_timeout, gemini/gemini-2.5-pro=ok"
+
+
 def test_a_client_that_leaves_while_the_next_provider_is_asked_ends_that(proxy):
     proxy.play("claude", *BUSY)
     proxy.play("gemini", ["begin"], ["touch", "up"], ["wait", "never"])
@@ -3929,7 +4006,7 @@ def test_a_breaker_can_be_reset_by_hand(proxy):
     proxy.play("claude", ["begin"], ["fail", "You've hit your session limit", 429, time.time() + 5000], ["exit", 1])
     assert proxy.ask("claude").retry[0] == proxy.ask("opus").retry[0] == "false" and proxy.ask("claude").error[2] == "insufficient_quota" and proxy.runs("claude") == 2
     rows = {row["id"]: row for row in proxy.request("GET", "/v1/admin/breakers").json["data"]}
-    assert rows.keys() == {"claude/sonnet", "claude/opus"} and 4900 < rows["claude/opus"]["retry_after"] <= 5000 and "session limit" in rows["claude/opus"]["why"]
+    assert rows.keys() == {"claude/sonnet", "claude/opus"} and 4900 < rows["claude/opus"]["resets_after"] <= 5000 and rows["claude/opus"]["retry_after"] == pytest.approx(1800, abs=60) and "session limit" in rows["claude/opus"]["why"]
     proxy.play("claude")
     assert proxy.request("POST", "/admin/breakers/claude/opus/reset").json == {"reset": ["claude/opus"]} and proxy.ask("opus").status == 200 and proxy.ask("claude").status == 429
     assert proxy.post({}, "/v1/admin/breakers/claude/reset").json == {"reset": ["claude/sonnet"]} and proxy.ask("claude").status == 200
@@ -3960,6 +4037,20 @@ def test_limits_that_a_cli_tells_of_are_shown_and_close_it_until_they_reset(serv
     assert usage["providers"]["claude"]["models"]["sonnet"] == {"requests": 1, "outcomes": {"ok": 1}, "input_tokens": 72, "cached_tokens": 10, "output_tokens": 6, "reasoning_tokens": 0}
     assert usage["keys"] == {"none": {"requests": 1, "input_tokens": 72, "cached_tokens": 10, "output_tokens": 6, "reasoning_tokens": 0}}
     assert 2900 < int(proxy.ask("claude").retry[1]) <= 3000 and proxy.request("GET", "/v1/usage").json["providers"]["claude"]["limits"][0]["used_percent"] == 100
+
+
+@pytest.mark.parametrize("line, limits", [
+    ({"u": 42, "r": 9}, [Limit("w", 42, 9)]), ({"u": "42%", "r": "soon"}, []), ({"u": True, "r": float("inf")}, []), ({"u": None, "p": 0.5}, [Limit("w", 50, None)]), ({"p": "x", "r": 9}, [Limit("w", None, 9)]), ({}, [])])
+def test_only_numbers_are_taken_for_limits(line, limits):
+    rule = cliproxy.EventRule({"if": {}, "limits": [{"window": "w", "used": "u", "part": "p", "resets": "r"}]})
+    assert list(rule.limits(line)) == limits
+
+
+def test_the_ledger_has_rows_for_so_many_models_only():
+    ledger = cliproxy.Ledger()
+    for i in range(cliproxy.MAX_STEPS + 10):
+        ledger.attempt(f"claude/{i}", Usage(1, 1), "ok")
+    assert len(ledger.table()["providers"]["claude"]["models"]) == cliproxy.MAX_STEPS + 1 and ledger.table()["providers"]["claude"]["models"]["other"]["requests"] == 10
 
 
 def test_the_ledger_knows_the_limits_that_still_hold():
@@ -4002,6 +4093,27 @@ def test_a_hedge_that_fails_is_followed_by_the_next_and_a_first_that_fails_by_th
     proxy.reset().play("claude-hedged", ["begin"], ["wait", "go"], ["fail", "API Error: 400 what is this", 400], ["exit", 1])
     proxy.play("gemini", ["begin"], ["touch", "go"], ["wait", "never"])
     assert proxy.ask("hedged").error == (400, "invalid_request_error", "invalid_value", None)
+
+
+def test_a_hedge_with_another_opinion_of_the_request_does_not_end_the_first(proxy):
+    proxy.play("claude-hedged", ["begin"], ["wait", "go"], ["say", ["slow"]], ["end"])
+    proxy.play("gemini", ["begin"], ["fail", "[API Error: what is this]"], ["exit", 144])
+    proxy.play("codex", ["begin"], ["touch", "go"], ["wait", "never"])
+    assert proxy.ask("hedged").text == "slow" and proxy.runs("gemini") == 1
+
+
+def test_an_answer_that_breaks_off_is_continued_by_the_hedge_that_gave_it(proxy):
+    proxy.play("claude-hedged", ["begin"], ["wait", "never"])
+    proxy.play("gemini", runs=[[*say("w1 "), *DIES], [*say("w1 w2"), ["end"]]])
+    answered = proxy.ask("hedged")
+    assert answered.text == "w1 w2" and answered.headers["x-cliproxy-provider"] == "gemini" and answered.headers["x-cliproxy-seams"] == "1" and proxy.runs("claude-hedged") == 1
+
+
+def test_who_was_too_slow_may_still_continue_what_broke_off(proxy):
+    proxy.play("claude-hedged", runs=[[["begin"], ["wait", "never"]], [*say("w1 w2"), ["end"]]])
+    proxy.play("gemini", runs=[[*say("w1 "), *DIES], DIES])
+    proxy.play("codex", *DIES)
+    assert proxy.ask("hedged").text == "w1 w2" and proxy.runs("claude-hedged") == 2
 
 
 def test_a_client_that_leaves_ends_both(proxy):
@@ -4082,9 +4194,19 @@ def test_thinking_is_not_repeated(proxy):
     assert cliproxy.CONTINUE not in proxy.given("claude", 1)["stdin"] and cliproxy.CONTINUE in proxy.given("claude", 2)["stdin"]
 
 
-def test_json_is_not_continued(proxy):
-    proxy.play("gemini", runs=[[*say('{"a": '), ["fail", "[API Error: terminated]"], ["exit", 1]], [*say("1}"), ["end"]]])
-    assert proxy.ask("gemini", response_format={"type": "json_object"}).error[2] == "provider_unreachable" and proxy.runs("gemini") == 1
+def test_json_is_not_continued_but_asked_for_anew_as_long_as_nothing_of_it_is_out(proxy):
+    proxy.play("gemini", *say('{"a": '), ["fail", "[API Error: terminated]"], ["exit", 1])
+    proxy.play("codex", *say('{"b": 1}'), ["end"])
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+    assert proxy.ask("json", response_format=form).text == '{"b": 1}'
+    assert proxy.ask("json", response_format=form, stream=True).frames[-1]["error"]["code"] == "provider_unreachable" and proxy.runs("codex") == 1
+
+
+def test_the_words_of_one_provider_are_not_booked_on_the_next(serve):
+    proxy = serve(["--route", "two=claude,gemini"], clis=["claude", "gemini"], scripts={"claude": {"runs": [[*say("w " * 400), ["fail", "API Error: Overloaded", None], ["exit", 1]]]}})
+    assert proxy.ask("two").status == 200
+    rows = {name: list(row["models"].values())[0] for name, row in proxy.request("GET", "/v1/usage").json["providers"].items()}
+    assert rows["gemini"]["output_tokens"] == 6 and rows["claude"]["outcomes"] == {"overloaded": 1}
 
 
 def test_what_is_left_of_max_tokens_is_asked_for(proxy):
@@ -4698,7 +4820,7 @@ def test_a_proxy_for_other_machines_wants_a_key_but_no_local_name(serve):
 def test_bench_measures_a_cli_and_another_server_in_one_run_and_counts_all_streams(proxy):
     ended = subprocess.run([sys.executable, "-W", "error", SCRIPT, "bench", "echo", "--url", f"http://127.0.0.1:{proxy.port}/v1", "--model", "echo",
                             "--runs", "1", "--streams", "3", "--words", "7", "--json"], env=proxy.env, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0 and ended.stderr == f"this sends 7 requests of about 7 words to each of: echo, http://127.0.0.1:{proxy.port}/v1\n", ended.stderr
+    assert ended.returncode == 0 and ended.stderr == f"this sends 8 requests of about 7 words to each of: echo, http://127.0.0.1:{proxy.port}/v1\n", ended.stderr
     rows = json.loads(ended.stdout)["targets"]
     ours, other = rows.values()
     assert list(rows) == ["echo", f"http://127.0.0.1:{proxy.port}/v1"] and ours["streams"] == other["streams"] == "3/3"
