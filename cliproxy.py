@@ -3497,7 +3497,10 @@ class Talk(RuleReader):
         if "session" in step:
             self._name(fill(step["session"], lookup))
         for name, spec in {**step.get("files", {}), **step.get("replace", {})}.items():
-            path = write_file(self._resident.place, name, spec, lookup)
+            try:
+                path = write_file(self._resident.place, name, spec, lookup)
+            except FileNotFoundError:           # its place has gone, as it does when the process ends
+                raise ResidentGone from None
             self._files += [path] if path and name in step.get("files", {}) else []
         if "call" in step:
             self._call(step, lookup)
@@ -4176,7 +4179,7 @@ class Pool:
                             talk.run("open")
                         finally:
                             talk.clean_up()
-                except (ResidentGone, FormatChanged, ProxyError) as e:
+                except (ResidentGone, FormatChanged, ProxyError, OSError) as e:
                     self._log(level="warning", event="spare-failed", provider=resident.provider.name, why=str(e))
                     return
                 conversation.spare = True
