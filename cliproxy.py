@@ -138,7 +138,8 @@ class Request:
     """What a client asked, whatever dialect it came in.
 
     `params` holds what steers the answer, under one name each: temperature, top_p, max_tokens, stop (list of str), seed,
-    effort, response_format, presence_penalty, frequency_penalty, n, tools ...; absent means the client did not say.
+    effort, response_format, presence_penalty, frequency_penalty, n, tools ...; absent means the client did not say. `session` is the
+    client's name of the session that the messages go on with, "" if they are the whole conversation.
     """
     model: str
     messages: Tuple[Message, ...]
@@ -146,6 +147,7 @@ class Request:
     stream: bool = False
     stream_usage: bool = False
     key_id: str = ""
+    session: str = ""
 
 
 @dataclass(frozen=True)
@@ -290,6 +292,21 @@ class Busy(ProxyError):
 class TooSlow(ProxyError):
     """The client reads its answer so slowly that it was given up."""
     status, type, code, should_retry = 408, "invalid_request_error", "request_timeout", False
+
+
+class SessionNotFound(ProxyError):
+    """No session of that name belongs to this key."""
+    status, type, code = 404, "invalid_request_error", "session_not_found"
+
+
+class SessionBusy(ProxyError):
+    """Another request is in that session."""
+    status, type, code, should_retry = 409, "invalid_request_error", "session_busy", True
+
+
+class SessionFull(ProxyError):
+    """A limit on the size of a session, or on their number."""
+    status, type, code, should_retry = 413, "invalid_request_error", "session_full", False
 
 
 class Loop(ProxyError):
@@ -1465,6 +1482,10 @@ class Settings:
     keepalive: float = 10.0             # seconds of silence before a comment; clients give up after 60
     max_body: int = 32 << 20            # bytes; a few images in base64
     max_connections: int = 512
+    session_ttl: float = 30 * 86400.0   # seconds after its last use until a session is forgotten
+    max_sessions: int = 1000
+    max_session: int = 8 << 20          # bytes of a session's JSON
+    session_wait: bool = True           # a second request in a session waits; else it is refused
     drain: float = 30.0                 # seconds that SIGTERM leaves to running requests
 
 
@@ -4204,15 +4225,32 @@ class Pool:
 
 
 # === State ===========================================================================================================
-# What outlives the process: JSON files in one private directory. A file is written under another name, synced and renamed, so
-# that a crash at any byte leaves the old one or the new one; one that is damaged is set aside, never deleted, never fatal.
+# What outlives the process, behind one small interface: JSON objects by kind and name, a lock for each. FileStore keeps them in one
+# private directory: a file is written under another name, synced and renamed, so that a crash at any byte leaves the old one or
+# the new one; one that is damaged is set aside, never deleted, never fatal.
 
 STATE_VERSION = 1
-BREAKERS_FILE = "breakers.json"
+LOCK_POLL = 0.02            # seconds between looks at a lock that another request or proxy holds
+
+
+class Locked(Exception):
+    """Another request has the lock."""
 
 
 class StateTooNew(Exception):
-    """A state file of a later format. Not to be written to."""
+    """A state of a later format. Not to be written to."""
+
+
+class StateUnavailable(ProxyError):
+    """What is kept cannot be read or written now."""
+    status, type, code, should_retry = 503, "server_error", "state_unavailable", True
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A lock that is held. `token` grows with every holder, where several machines share the state."""
+    token: int = 0
+    fd: int = -1
 
 
 def state_directory(chosen: str, environ: Mapping[str, str]) -> str:
@@ -4221,51 +4259,137 @@ def state_directory(chosen: str, environ: Mapping[str, str]) -> str:
         environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state"), "cliproxy")
 
 
-def write_state(path: str, value: Mapping[str, Any]) -> None:
-    """Replace a file by this JSON object, readable by its owner only (0600, in a directory of 0700). OSError if that cannot be."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder, 0o700, exist_ok=True)
-    fd, new = tempfile.mkstemp(prefix=os.path.basename(path) + ".", dir=folder)     # 0600
-    try:
-        with open(fd, "w", encoding="utf-8") as f:
-            json.dump({"version": STATE_VERSION, **value}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(new, path)
-    except BaseException:
-        os.unlink(new)
-        raise
-    folder_fd = os.open(folder, os.O_RDONLY)    # the new name is on the disk only when its directory is
-    try:
-        os.fsync(folder_fd)
-    finally:
-        os.close(folder_fd)
+class FileStore:
+    """One JSON file for each object, DIRECTORY/KIND/NAME.json (0600, in directories of 0700). For any thread, and for several proxies."""
+
+    shared = False              # does another machine write here, too?
+
+    def __init__(self, directory: str, log: Callable[..., None] = lambda **kw: None):
+        self._directory, self._log = directory, log
+
+    def _path(self, kind: str, name: str, end: str = ".json") -> str:
+        assert re.fullmatch("[a-z0-9-]{1,64}", name), name
+        return os.path.join(self._directory, kind, name + end)
+
+    def load(self, kind: str, name: str) -> Optional[Dict[str, Any]]:
+        """The object of that name; None if there is none, or none that can be used: a damaged one is set aside with a line in the log.
+
+        StateTooNew for one that a newer cliproxy has written, which is left alone; StateUnavailable if it cannot be read."""
+        path = self._path(kind, name)
+        try:
+            with open(path, encoding="utf-8") as f:
+                value = json.load(f, parse_constant=_no_number)
+            check(value, {"version": int, "expires": float, "*": lambda *_: None}, "$")
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise StateUnavailable(f"{path} cannot be read", e.strerror or str(e), "see to its owner and its mode") from None
+        except (ValueError, RecursionError, ConfigError) as e:
+            self.set_aside(kind, name, str(e))
+            return None
+        if value["version"] > STATE_VERSION:
+            raise StateTooNew(f"{path} was written by a newer cliproxy (format {value['version']}; this one knows {STATE_VERSION})")
+        if value["expires"] <= time.time():
+            self.delete(kind, name)
+            return None
+        return value
+
+    def set_aside(self, kind: str, name: str, why: str) -> None:
+        """Keep what is there under another name, because it makes no sense."""
+        path = self._path(kind, name)
+        aside = f"{path}.damaged-{int(time.time())}"
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, aside)
+            self._log(level="warning", event="state-damaged", file=path, why=why, kept_as=aside)
+
+    def save(self, kind: str, name: str, value: Mapping[str, Any], ttl: float, hold: Optional[Hold] = None) -> None:
+        """Replace the object; it is gone after `ttl` seconds. StateUnavailable if that cannot be."""
+        path = self._path(kind, name)
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            fd, new = tempfile.mkstemp(prefix=name + ".new-", dir=os.path.dirname(path))      # 0600
+            try:
+                with open(fd, "w", encoding="utf-8") as f:
+                    json.dump({**value, "version": STATE_VERSION, "expires": time.time() + ttl}, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(new, path)
+            except BaseException:
+                os.unlink(new)
+                raise
+            self._sync(os.path.dirname(path))
+        except OSError as e:
+            raise StateUnavailable(f"{path} cannot be written", e.strerror or str(e), "make room, or choose another directory with --state") from None
+
+    @staticmethod
+    def _sync(folder: str) -> None:
+        """A new name is on the disk only when its directory is."""
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def delete(self, kind: str, name: str) -> bool:
+        """Remove the object; False if there is none."""
+        try:
+            os.unlink(self._path(kind, name))
+            return True
+        except FileNotFoundError:
+            return False
+        except OSError as e:
+            raise StateUnavailable(f"{self._path(kind, name)} cannot be deleted", e.strerror or str(e)) from None
+
+    def names(self, kind: str) -> List[str]:
+        """The names of all objects of a kind."""
+        try:
+            return sorted(name[:-5] for name in os.listdir(os.path.join(self._directory, kind)) if name.endswith(".json"))
+        except OSError:
+            return []
+
+    def lock(self, kind: str, name: str, scope: Scope, wait: bool = True) -> Generator[Waiting, None, Hold]:
+        """Returns a hold of the object's lock, which no other request or proxy then has; waits for the scope's `queue` time, with a
+        Waiting for each keep-alive interval. Locked if it cannot be had. The lock goes with the process, however that ends (flock)."""
+        path = self._path(kind, name, ".lock")
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise StateUnavailable(f"{path} cannot be written", e.strerror or str(e), "choose another directory with --state") from None
+        try:
+            scope.enter("queue")
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return Hold(fd=fd)
+                except BlockingIOError:
+                    if not wait:
+                        raise Locked from None
+                try:
+                    scope.wait((), at_most=LOCK_POLL)
+                except TimedOut:
+                    raise Locked from None
+                if scope.silent():
+                    yield Waiting()
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def unlock(self, kind: str, name: str, hold: Hold) -> None:
+        os.close(hold.fd)
+
+    def close(self) -> None:
+        """Nothing is open but the locks of requests."""
+
+
+def state_name(*words: str) -> str:
+    """The name of an object that belongs to these words: a hash, because they may be anything."""
+    return hashlib.sha256("\0".join(words).encode("utf-8", "replace")).hexdigest()[:40]
 
 
 def _no_number(text: str) -> Any:
     """For the Infinity and NaN that Python's JSON has and JSON has not."""
     raise ValueError(f"{text} is no number")
-
-
-def read_state(path: str, shape: Mapping[str, Any], log: Callable[..., None]) -> Dict[str, Any]:
-    """The JSON object of this shape in a file of ours; {} if there is none, or none that can be used: a damaged one is set aside.
-
-    OSError, or StateTooNew for a file that a newer cliproxy has written, which is left alone."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f, parse_constant=_no_number)
-        check(value, {"version": int, "*": lambda *_: None}, "$")
-        if value["version"] > STATE_VERSION:
-            raise StateTooNew(f"{path} was written by a newer cliproxy (format {value['version']}; this one knows {STATE_VERSION})")
-        check(value, {"version": int, **shape}, "$")
-        return value
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError, ConfigError) as e:
-        aside = f"{path}.damaged-{int(time.time())}"
-        os.replace(path, aside)
-        log(level="warning", event="state-damaged", file=path, why=str(e), kept_as=aside)
-        return {}
 
 
 # === Circuit breakers ================================================================================================
@@ -4342,6 +4466,7 @@ class Breaker:
 
 
 MAX_BREAKERS = 500          # that are remembered at a time
+REFRESH = 1.0               # seconds between looks at what another proxy has made of a breaker
 MAX_RESET = 31 * 86400.0    # seconds; no limit lasts longer
 
 
@@ -4355,30 +4480,52 @@ def _told_to_wait(error: ProviderError) -> ProviderError:
 class Breakers:
     """The breakers of all "provider/model"s that have failed of late, kept in a file while they are not closed. For any thread."""
 
-    SHAPE = {"breakers": {"*": {"until": float, "resets": float, "failures": int, "opened": int, "error": {"class": str, "what": str, "why": str, "do": str}}}}
+    SHAPE = {"key": str, "until": float, "resets": float, "failures": int, "opened": int, "error": {"class": str, "what": str, "why": str, "do": str}, "*": lambda *_: None}
 
-    def __init__(self, path: str = "", log: Callable[..., None] = lambda **kw: None, clock: Callable[[], float] = time.monotonic):
-        self._path, self._log, self._clock = path, log, clock
+    def __init__(self, store: Any = None, log: Callable[..., None] = lambda **kw: None, clock: Callable[[], float] = time.monotonic):
+        self._store, self._log, self._clock = store, log, clock
+        self._looked: Dict[str, float] = {}         # where other machines write too: when we have looked last
         self._breakers: Dict[str, Breaker] = {}
         self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._settings: Callable[[str], Mapping[str, float]] = lambda key: BREAKER_DEFAULTS
 
     def load(self, settings: Callable[[str], Mapping[str, float]]) -> None:
-        """Take over what an earlier run has left; `settings(key)` are those of a provider. The file has the time of day, for the
-        next run has another clock; should somebody have turned that, no breaker stays open longer than its `longest`."""
+        """Take over what an earlier run, or another proxy, has left; `settings(key)` are those of a provider."""
+        self._settings = settings
+        for name in self._store.names("breakers") if self._store else ():
+            self._take_over(name)
+
+    def _take_over(self, name: str, key: str = "") -> None:
+        """Read one breaker. What is kept has the time of day, for the next run has another clock; should somebody have turned that, no
+        breaker stays open longer than its `longest`."""
         try:
-            rows = read_state(self._path, self.SHAPE, self._log).get("breakers", {}) if self._path else {}
-        except (OSError, StateTooNew) as e:
-            self._log(level="warning", event="state-unusable", file=self._path, why=str(e))
-            self._path, rows = "", {}
-        shift = self._clock() - time.time()
-        for key, row in rows.items():
-            self._breakers[key] = breaker = Breaker(settings(key))
+            row = self._store.load("breakers", name)
+            check(row or {}, self.SHAPE if row else {}, "$")
+        except ConfigError as e:
+            return self._store.set_aside("breakers", name, str(e))
+        except (StateTooNew, StateUnavailable) as e:
+            return self._log(level="warning", event="state-unusable", kind="breakers", name=name, why=str(e))
+        with self._lock:
+            if row is None:
+                known = self._breakers.get(key)
+                if known is not None and known.until is not None:      # another proxy has closed it
+                    del self._breakers[key]
+                return
+            shift, now = self._clock() - time.time(), self._clock()
+            breaker = self._breakers.setdefault(row["key"], Breaker(self._settings(row["key"])))
             breaker.failures, breaker.opened, breaker.error = row["failures"], row["opened"], tuple(row["error"][k] for k in ("class", "what", "why", "do"))
-            breaker.until = min(row["until"] + shift, self._clock() + settings(key)["longest"])
-            breaker.resets = min(row["resets"] + shift, self._clock() + MAX_RESET)
+            breaker.until = min(row["until"] + shift, now + self._settings(row["key"])["longest"])
+            breaker.resets = min(row["resets"] + shift, now + MAX_RESET)
+
+    def _refresh(self, key: str) -> None:
+        """Where other machines write too: see every second what has become of it there."""
+        if self._store is not None and self._store.shared and self._clock() - self._looked.get(key, -math.inf) >= REFRESH:
+            self._looked[key] = self._clock()
+            self._take_over(state_name(key), key)
 
     def admit(self, key: str) -> Admission:
         """Let a request through. Raises what the provider said last if it must not be asked now."""
+        self._refresh(key)
         with self._lock:
             breaker, now = self._breakers.get(key), self._clock()
             admission = breaker.admit(now) if breaker else Admission(now)
@@ -4422,7 +4569,8 @@ class Breakers:
             keys = [key for key in self._breakers if key == f"{provider}/{model}" or (not model and key.partition("/")[0] == provider)]
             for key in keys:
                 del self._breakers[key]
-        self._save()
+        for key in keys:
+            self._save(key)
         return keys
 
     def table(self) -> Dict[str, Dict[str, Any]]:
@@ -4453,21 +4601,26 @@ class Breakers:
         if after != before:
             self._log(level="warning", event="breaker", key=key, state="closed" if after is None else "open", seconds=None if after is None else round(left, 1),
                       failures=breaker.failures, code=ERROR_CLASSES.get(breaker.error[0], ProviderError).code if after is not None else None)
-            self._save()
+            self._save(key)
 
-    def _save(self) -> None:
-        if not self._path:
+    def _save(self, key: str) -> None:
+        """Keep one breaker while it is not closed."""
+        if self._store is None:
             return
         with self._writing:                 # the last to write has seen the latest
             shift = time.time() - self._clock()
             with self._lock:
-                rows = {key: {"until": b.until + shift, "resets": b.resets + shift, "failures": b.failures, "opened": b.opened,
-                              "error": dict(zip(("class", "what", "why", "do"), b.error))}
-                        for key, b in self._breakers.items() if b.until is not None}
+                b = self._breakers.get(key)
+                row = None if b is None or b.until is None else {
+                    "key": key, "until": b.until + shift, "resets": b.resets + shift, "failures": b.failures, "opened": b.opened,
+                    "error": dict(zip(("class", "what", "why", "do"), b.error))}
             try:
-                write_state(self._path, {"breakers": rows})
-            except OSError as e:
-                self._log(level="warning", event="state-unwritable", file=self._path, why=e.strerror)
+                if row is None:
+                    self._store.delete("breakers", state_name(key))
+                else:
+                    self._store.save("breakers", state_name(key), row, MAX_RESET)
+            except StateUnavailable as e:
+                self._log(level="warning", event="state-unusable", kind="breakers", name=key, why=e.message)
 
 
 # === Router ==========================================================================================================
@@ -5468,6 +5621,132 @@ class Router:
             return 127, "", e.strerror or str(e)
 
 
+# === Sessions ========================================================================================================
+# Conversations that the server keeps, so that a client sends only what is new. A session belongs to the key that made it. Requests
+# in one session are served one after the other; a turn is on the disk before its answer ends, and one that fails leaves no trace.
+
+
+def message_row(message: Message) -> Dict[str, Any]:
+    """A message as JSON: {"role", "name", "parts": [{"kind": "text", "text": ...}, ...]}, to be read by message_of()."""
+    kinds = {cls: kind for kind, cls in PART_KINDS.items()}
+    return {"role": message.role, "name": message.name, "parts": [{"kind": kinds[type(p)], **vars(p)} for p in message.parts]}
+
+
+def message_of(row: Mapping[str, Any]) -> Message:
+    """The message of such a JSON object. KeyError or TypeError if it is none."""
+    return Message(row["role"], tuple(PART_KINDS[p["kind"]](**{k: v for k, v in p.items() if k != "kind"}) for p in row["parts"]), row["name"])
+
+
+PART_KINDS: Dict[str, Any] = {"text": TextPart, "image": ImagePart, "call": CallPart, "result": ResultPart}
+SESSION_SHAPE = {"id": str, "owner": str, "created": float, "used": float, "messages": [{"role": str, "name": str, "parts": [dict]}], "*": lambda *_: None}
+
+
+class Sessions:
+    """The sessions of all keys, in a store. For any thread."""
+
+    def __init__(self, router: Router, store: Any, settings: Settings):
+        self._router, self._store, self._settings = router, store, settings
+
+    def answer(self, request: Request, scope: Scope) -> Answer:
+        """Router.answer, and for a request in a session with what was said in it before, which the answer is then added to."""
+        answer = self._router.answer(request, scope)
+        if request.session:
+            if request.params.get("n", 1) > 1:
+                raise BadRequest("`n` must be 1 in a session", "it goes on with one answer", param="n")
+            answer.events = self._in_session(answer, answer.events)
+        return answer
+
+    def _in_session(self, answer: Answer, events: Iterator[Event]) -> Iterator[Event]:
+        request = answer.request
+        name = state_name(request.key_id, request.session)
+        with _closing(events):
+            try:
+                hold = yield from self._store.lock("sessions", name, answer.scope, self._settings.session_wait)
+            except Locked:
+                raise SessionBusy(f"the session {_show(request.session)} is busy with another request", "requests in a session are served one after the other",
+                                  "wait for its answer, or use another session", retry_after=5) from None
+            try:
+                row = self._load(name) or self._new(request)
+                earlier = tuple(message_of(m) for m in row["messages"])
+                answer.request = replace(request, messages=self._joined(earlier, request.messages))
+                for event in events:
+                    if isinstance(event, Done):
+                        self._keep(name, row, (*answer.request.messages, Message("assistant", (TextPart("".join(answer.said)),))), hold)
+                    yield event
+            finally:
+                self._store.unlock("sessions", name, hold)
+
+    def _load(self, name: str) -> Optional[Dict[str, Any]]:
+        """A session as it is kept; None if there is none, or if what is there makes no sense: that is then set aside."""
+        try:
+            row = self._store.load("sessions", name)
+            if row is not None:
+                check(row, SESSION_SHAPE, "$")
+                for m in row["messages"]:
+                    message_of(m)
+            return row
+        except StateTooNew as e:
+            raise StateUnavailable("this session was written by a newer cliproxy", str(e), "update cliproxy, or use another session") from None
+        except (ConfigError, KeyError, TypeError) as e:
+            self._store.set_aside("sessions", name, f"{type(e).__name__}: {e}")
+            return None
+
+    def _new(self, request: Request) -> Dict[str, Any]:
+        if len(self._store.names("sessions")) >= self._settings.max_sessions:
+            self.sweep()
+            if len(self._store.names("sessions")) >= self._settings.max_sessions:
+                raise SessionFull("there are too many sessions", f"the limit is {self._settings.max_sessions}", "delete some, or start cliproxy with a larger --max-sessions")
+        return {"id": request.session, "owner": request.key_id, "created": time.time(), "used": time.time(), "messages": []}
+
+    @staticmethod
+    def _joined(earlier: Tuple[Message, ...], said: Tuple[Message, ...]) -> Tuple[Message, ...]:
+        """The conversation with what the client says now. One that sends all of it each time is understood, too; system messages
+        take the place of the earlier ones."""
+        if earlier and said[:len(earlier)] == earlier:
+            return said
+        if any(m.role == "system" for m in said):
+            earlier = tuple(m for m in earlier if m.role != "system")
+            return (*(m for m in said if m.role == "system"), *earlier, *(m for m in said if m.role != "system"))
+        return (*earlier, *said)
+
+    def _keep(self, name: str, row: Mapping[str, Any], messages: Sequence[Message], hold: Hold) -> None:
+        value = {**row, "used": time.time(), "messages": [message_row(m) for m in messages]}
+        size = len(json.dumps(value))
+        if size > self._settings.max_session:
+            raise SessionFull(f"the session {_show(row['id'])} is full", f"with this turn it would have {size} bytes, and the limit is {self._settings.max_session}",
+                              "start a new one, or start cliproxy with a larger --max-session-mb")
+        self._store.save("sessions", name, value, self._settings.session_ttl, hold)
+
+    # --- by name ---
+
+    def table(self, key_id: str) -> List[Dict[str, Any]]:
+        """[{id, created, used, turns, bytes}] of a key's sessions, the last used first."""
+        rows = [row for row in (self._load(name) for name in self._store.names("sessions")) if row is not None and row["owner"] == key_id]
+        return [{"object": "session", "id": row["id"], "created": int(row["created"]), "used": int(row["used"]), "bytes": len(json.dumps(row)),
+                 "turns": sum(m["role"] == "user" for m in row["messages"])} for row in sorted(rows, key=lambda row: -row["used"])]
+
+    def get(self, key_id: str, session: str) -> Dict[str, Any]:
+        """One session with its messages, in OpenAI's shape."""
+        row = self._load(state_name(key_id, session))
+        if row is None:
+            raise self._missing(session)
+        messages = openai_messages([message_of(m) for m in row["messages"]])
+        return {"object": "session", "id": row["id"], "created": int(row["created"]), "used": int(row["used"]), "messages": messages}
+
+    def delete(self, key_id: str, session: str) -> None:
+        if not self._store.delete("sessions", state_name(key_id, session)):
+            raise self._missing(session)
+
+    @staticmethod
+    def _missing(session: str) -> SessionNotFound:
+        return SessionNotFound(f"there is no session {_show(session)} here", "it was never used with this key, or it has expired or been deleted", "GET /v1/sessions lists them")
+
+    def sweep(self) -> None:
+        """Forget the sessions whose time is over: looking at one does it."""
+        for name in self._store.names("sessions"):
+            self._load(name)
+
+
 # === Dialects ========================================================================================================
 # One class for each HTTP API: JSON in, frames out, no I/O. A dialect knows nothing of providers.
 
@@ -5750,7 +6029,7 @@ LINGER_SECONDS = 2.0        # for a client that is still sending what was refuse
 STOP_POLL = 0.2             # seconds between a listener's looks at whether it is to stop
 COMMIT_AFTER = 30.0         # seconds without an event until a stream gets its 200 and keep-alives; clients give up after 60
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-PATHS = {"/chat/completions": ("POST",), "/models": ("GET",), "/usage": ("GET",), "/admin/breakers": ("GET",), "/health": ("GET",), "/": ("GET",)}
+PATHS = {"/chat/completions": ("POST",), "/models": ("GET",), "/usage": ("GET",), "/sessions": ("GET",), "/sessions/": ("GET", "DELETE"), "/admin/breakers": ("GET",), "/health": ("GET",), "/": ("GET",)}
 RESET_PATH = re.compile("/admin/breakers/(.+)/reset")
 
 
@@ -5859,7 +6138,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self._guarded(self._get)
 
-    do_DELETE = do_PATCH = do_PUT
+    do_PATCH = do_PUT
+
+    def do_DELETE(self) -> None:
+        self._guarded(self._delete)
 
     # --- every request ---
 
@@ -5948,9 +6230,19 @@ class Handler(BaseHTTPRequestHandler):
                                                       for key, row in router.breakers.table().items() if row["state"] != "closed"}})
         if path == "/usage":
             return self._send_json(200, router.ledger.table())
+        if path == "/sessions":
+            return self._send_json(200, {"object": "list", "data": self.server.state.sessions.table(self._fields.get("key", ""))})
+        if path.startswith("/sessions/"):
+            return self._send_json(200, self.server.state.sessions.get(self._fields.get("key", ""), path[len("/sessions/"):]))
         if path == "/admin/breakers":
             return self._send_json(200, {"object": "list", "data": [{"id": key, **row} for key, row in router.breakers.table().items()]})
         self._refuse_method(path)
+
+    def _delete(self, path: str) -> None:
+        if not path.startswith("/sessions/"):
+            self._refuse_method(path)
+        self.server.state.sessions.delete(self._fields.get("key", ""), path[len("/sessions/"):])
+        self._send_json(200, {"object": "session.deleted", "id": path[len("/sessions/"):], "deleted": True})
 
     def _refuse_method(self, path: str) -> None:
         if _methods(path):
@@ -5977,10 +6269,18 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError) as e:       # no UTF-8, no JSON, a number of 5,000 digits
             raise BadRequest("we could not parse the JSON body of your request", str(e), code="invalid_json") from None
         request, state = dialect.parse(body, self._fields.get("key", "")), self.server.state
-        self._fields.update(model=request.model, stream=int(request.stream))
+        request = replace(request, session=self._session_name())
+        self._fields.update(model=request.model, stream=int(request.stream), in_session=1 if request.session else None)
         with contextlib.ExitStack() as scopes:
-            self._answer(dialect, request, [state.router.answer(request, scopes.enter_context(Scope({}, self.connection, state.settings.keepalive)))
+            self._answer(dialect, request, [state.sessions.answer(request, scopes.enter_context(Scope({}, self.connection, state.settings.keepalive)))
                                             for _ in range(request.params.get("n", 1))])
+
+    def _session_name(self) -> str:
+        """The X-Session-Id header; for "new" one that nobody can guess."""
+        name = self.headers.get("X-Session-Id", "").strip()
+        if len(name) > 200 or not name.isprintable():
+            raise BadRequest("X-Session-Id is not a name", "it is over 200 characters long or holds control characters", param="X-Session-Id")
+        return "sess_" + uuid.uuid4().hex if name == "new" else name
 
     def _reset_breakers(self, path: str) -> None:
         """Close a provider's circuit breakers, or that of one model of it: whoever has seen to the cause need not wait."""
@@ -6087,6 +6387,8 @@ class Handler(BaseHTTPRequestHandler):
         params = [f"{name}={how}" for name, how in attempt.params.items()] + (["usage=estimated"] if first.estimated else [])
         headers = {"x-cliproxy-provider": attempt.turn.provider.name, "x-cliproxy-model": attempt.turn.model or "default",
                    "x-cliproxy-strategy": attempt.strategy.driver if attempt.strategy else "none", "x-cliproxy-attempts": str(len(first.asked))}
+        if first.request.session:
+            headers["X-Session-Id"] = first.request.session
         if params:
             headers["x-cliproxy-params"] = ", ".join(params)
         if "," in first.route:
@@ -6165,7 +6467,9 @@ def _chain(early: Iterable[Tuple[int, Event]], rest: Iterator[Tuple[int, Event]]
 
 def _methods(path: str) -> Tuple[str, ...]:
     """What a path takes; nothing if there is no such path. A model's name may have slashes of its own."""
-    return ("POST",) if RESET_PATH.fullmatch(path) else PATHS.get("/models" if path.startswith("/models/") else path, ())
+    if RESET_PATH.fullmatch(path):
+        return ("POST",)
+    return PATHS.get("/models" if path.startswith("/models/") else "/sessions/" if path.startswith("/sessions/") else path, ())
 
 
 def _host_name(host: str) -> str:
@@ -6181,8 +6485,8 @@ def _host_allowed(name: str, allowed: Sequence[str]) -> bool:
 class State:
     """What all connections share: settings, router, how many requests are running, whether we are stopping."""
 
-    def __init__(self, settings: Settings, router: Router):
-        self.settings, self.router, self.started = settings, router, int(time.time())
+    def __init__(self, settings: Settings, router: Router, sessions: Sessions):
+        self.settings, self.router, self.sessions, self.started = settings, router, sessions, int(time.time())
         self.stopping, self.idle = threading.Event(), threading.Condition()
         self.running = 0
         self.places = threading.BoundedSemaphore(settings.max_connections)
@@ -6545,7 +6849,7 @@ def live_check(router: Router, provider: Provider) -> Tuple[bool, str]:
 def command_doctor(args: argparse.Namespace, providers: Dict[str, Provider]) -> int:
     """Exit status 0 if at least one CLI is ready (with --live: answers) and none that is installed is broken, else 1."""
     router, good = Router(providers, Spawner(), log=log), True
-    kept = Breakers(os.path.join(state_directory(args.state, os.environ), BREAKERS_FILE), log)      # of the proxy; a live check asks all the same
+    kept = Breakers(FileStore(state_directory(args.state, os.environ), log), log)      # of the proxy; a live check asks all the same
     kept.load(router.breaker_settings)
     try:
         names = args.provider or list(providers)
@@ -6624,13 +6928,14 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise ConfigError(f"--host {args.host} lets other machines in, so it needs a key: add --api-key KEY, or set CLIPROXY_API_KEY")
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port must be between 0 and 65535, found {args.port}")
-    for name in ("keepalive", "max_body_mb", "max_connections"):
+    for name in ("keepalive", "max_body_mb", "max_connections", "session_ttl", "max_sessions", "max_session_mb"):
         if getattr(args, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be more than 0, found {getattr(args, name):g}")
     if args.drain < 0:
         raise ConfigError(f"--drain must not be negative, found {args.drain:g}")
     return Settings(host=args.host, port=args.port, keys=keys, allow_hosts=tuple(args.allow_host), cors_origins=tuple(args.cors_origin), strict=args.strict, go_on=not args.no_continue,
-                    keepalive=args.keepalive, max_body=args.max_body_mb << 20, max_connections=args.max_connections, drain=args.drain)
+                    keepalive=args.keepalive, max_body=args.max_body_mb << 20, max_connections=args.max_connections, drain=args.drain,
+                    session_ttl=args.session_ttl * 86400, session_wait=args.session_busy == "wait", max_sessions=args.max_sessions, max_session=args.max_session_mb << 20)
 
 
 def command_serve(args: argparse.Namespace, providers: Dict[str, Provider], routes: Mapping[str, Sequence[str]]) -> int:
@@ -6639,10 +6944,10 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider], rout
     allow_descriptors()
     ports: List[int] = []
     spawner = Spawner()                     # before any thread
-    breakers = Breakers(os.path.join(state_directory(args.state, os.environ), BREAKERS_FILE), log)
-    router = Router(providers, spawner, ports, log, settings.strict, args.one_shot, routes, breakers, settings.go_on)
+    store = FileStore(state_directory(args.state, os.environ), log)
+    router = Router(providers, spawner, ports, log, settings.strict, args.one_shot, routes, Breakers(store, log), settings.go_on)
     try:
-        state = State(settings, router)
+        state = State(settings, router, Sessions(router, store, settings))
         listeners = open_listeners(settings, state)
         ports += [listener.server_port for listener in listeners]
         signals: queue.SimpleQueue = queue.SimpleQueue()
@@ -6727,6 +7032,10 @@ def argument_parser() -> argparse.ArgumentParser:
                        "providers or provider/model, with commas between (repeatable)")
     serve.add_argument("--hedge-ms", metavar="MS", type=float, default=None, help="ask the next provider of a route too when there is no word after so long (default: never)")
     serve.add_argument("--no-continue", action="store_true", help="end an answer that broke off with an error, instead of having it continued")
+    serve.add_argument("--session-ttl", metavar="DAYS", type=float, default=30.0, help="days after its last use until a session is forgotten (default: %(default)s)")
+    serve.add_argument("--session-busy", choices=("wait", "refuse"), default="wait", help="what a second request in a session does meanwhile (default: %(default)s)")
+    serve.add_argument("--max-sessions", metavar="N", type=int, default=1000, help="sessions that are kept (default: %(default)s)")
+    serve.add_argument("--max-session-mb", metavar="MB", type=int, default=8, help="largest session (default: %(default)s)")
     serve.add_argument("--keepalive", metavar="SECONDS", type=float, default=10.0, help="silence after which a stream gets a comment line (default: %(default)s)")
     serve.add_argument("--max-body-mb", metavar="MB", type=int, default=32, help="largest request body (default: %(default)s)")
     serve.add_argument("--max-connections", metavar="N", type=int, default=512, help="connections at the same time (default: %(default)s)")

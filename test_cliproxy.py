@@ -3032,13 +3032,15 @@ def test_a_protocol_frames_calls_and_knows_their_answers(wire, call, answer, fai
 
 # === State ===========================================================================================================
 
-SHAPE = {"n": int}
-
-
 def noted():
     """(a log, the rows that it has been given)."""
     rows = []
     return lambda **fields: rows.append(fields), rows
+
+
+@pytest.fixture
+def store(tmp_path):
+    return cliproxy.FileStore(str(tmp_path / "state"))
 
 
 @pytest.mark.parametrize("chosen, environ, path", [
@@ -3047,47 +3049,90 @@ def test_state_is_kept_where_the_flag_or_the_environment_says(chosen, environ, p
     assert cliproxy.state_directory(chosen, environ) == path.format(home=os.path.expanduser("~"), cwd=os.getcwd())
 
 
-def test_state_is_read_as_it_was_written_and_nobody_else_may_read_it(tmp_path):
-    path = tmp_path / "new" / "deep" / "a.json"
+def test_state_is_read_as_it_was_written_and_nobody_else_may_read_it(store, tmp_path):
     for n in (1, 2):
-        cliproxy.write_state(str(path), {"n": n})
-        assert cliproxy.read_state(str(path), SHAPE, None) == {"version": 1, "n": n}
-    assert [p.name for p in path.parent.iterdir()] == ["a.json"] and path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
-    assert cliproxy.read_state(str(tmp_path / "none.json"), SHAPE, None) == {}
+        store.save("sessions", "a-1", {"n": n}, 60)
+        row = store.load("sessions", "a-1")
+        assert row["n"] == n and row["version"] == 1 and time.time() < row["expires"] <= time.time() + 60
+    path = tmp_path / "state" / "sessions" / "a-1.json"
+    assert [p.name for p in path.parent.iterdir()] == ["a-1.json"] and path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    assert store.names("sessions") == ["a-1"] and store.names("breakers") == [] and store.load("sessions", "b") is None
+    assert store.delete("sessions", "a-1") is True and store.delete("sessions", "a-1") is False and store.names("sessions") == []
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_state_and_nothing_else(tmp_path, monkeypatch, call):
-    path = str(tmp_path / "a.json")
-    cliproxy.write_state(path, {"n": 1})
+def test_state_is_gone_after_its_time(store):
+    store.save("sessions", "a", {}, -1)
+    assert store.load("sessions", "a") is None and store.names("sessions") == []
 
-    def full(*args):
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
+def test_a_write_that_fails_leaves_the_old_state_and_nothing_else(store, tmp_path, monkeypatch, call):
+    store.save("sessions", "a", {"n": 1}, 60)
+
+    def full(*args, **more):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as m:
         m.setattr(os, call, full)
-        with pytest.raises(OSError):
-            cliproxy.write_state(path, {"n": 2})
-    assert cliproxy.read_state(path, SHAPE, None)["n"] == 1 and os.listdir(tmp_path) == ["a.json"]
+        with pytest.raises(cliproxy.StateUnavailable) as e:
+            store.save("sessions", "a", {"n": 2}, 60)
+    assert e.value.message.endswith("cannot be written: No space left on device. Make room, or choose another directory with --state")
+    assert store.load("sessions", "a")["n"] == 1 and os.listdir(tmp_path / "state" / "sessions") == ["a.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"version": 1, "n": 1', "[]", "null", '{"n": 1}', '{"version": 1, "n": "x"}', '{"version": 1}', '{"version": 1, "n": 1, "m": 1}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", '{"version": 1, "n": 1', "[]", "null", '{"n": 1}', '{"version": 1}', '{"version": "1", "expires": 9e9}', '{"version": 1, "expires": Infinity}', "[" * 100000, "\xff"])
 def test_a_damaged_state_is_set_aside_with_a_line_in_the_log(tmp_path, text):
-    path = tmp_path / "a.json"
-    path.write_bytes(text.encode("latin-1"))
     log, rows = noted()
-    assert cliproxy.read_state(str(path), SHAPE, log) == {}
+    store = cliproxy.FileStore(str(tmp_path), log)
+    store.save("sessions", "a", {}, 60)
+    path = tmp_path / "sessions" / "a.json"
+    path.write_bytes(text.encode("latin-1"))
+    assert store.load("sessions", "a") is None and store.names("sessions") == []
     assert rows[0]["event"] == "state-damaged" and pathlib.Path(rows[0]["kept_as"]).read_bytes() == text.encode("latin-1") and not path.exists()
 
 
-def test_a_state_of_a_newer_version_is_left_alone(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"version": 2, "other": 1}')
+def test_a_state_of_a_newer_version_is_left_alone(store, tmp_path):
+    store.save("sessions", "a", {}, 60)
+    path = tmp_path / "state" / "sessions" / "a.json"
+    path.write_text('{"version": 2, "expires": 9e9}')
     with pytest.raises(cliproxy.StateTooNew, match="was written by a newer cliproxy"):
-        cliproxy.read_state(str(path), SHAPE, None)
-    breakers = cliproxy.Breakers(str(path), noted()[0])
-    breakers.load(lambda key: SETTINGS)
-    breakers.failed("claude/x", breakers.admit("claude/x"), cliproxy.RateLimited("no"), SETTINGS)
-    assert path.read_text() == '{"version": 2, "other": 1}'
+        store.load("sessions", "a")
+    assert path.read_text() == '{"version": 2, "expires": 9e9}'
+
+
+def held(store, name="a", wait=True, limits=None):
+    """(hold or exception, Waiting events) of asking for a lock."""
+    events = []
+    with cliproxy.Scope(limits or {"queue": LIMIT}, keepalive=0.01) as scope:
+        line = store.lock("sessions", name, scope, wait)
+        try:
+            while True:
+                events.append(next(line))
+        except StopIteration as e:
+            return e.value, events
+
+
+def test_a_lock_is_held_by_one_at_a_time_also_of_several_proxies(store, tmp_path):
+    hold, _ = held(store)
+    other = cliproxy.FileStore(str(tmp_path / "state"))
+    for again in (store, other):
+        with pytest.raises(cliproxy.Locked):
+            held(again, wait=False)
+        with pytest.raises(cliproxy.Locked):
+            held(again, limits={"queue": 0.05})
+    mine, _ = held(store, "b")
+    store.unlock("sessions", "b", mine)
+    threading.Timer(0.1, store.unlock, ("sessions", "a", hold)).start()
+    hold, events = held(other)
+    assert set(events) == {Waiting()}
+    other.unlock("sessions", "a", hold)
+
+
+def test_a_state_directory_that_cannot_be_used_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    store = cliproxy.FileStore(str(tmp_path / "file"))
+    for use in (lambda: store.save("sessions", "a", {}, 60), lambda: held(store), lambda: store.load("sessions", "a"), lambda: store.delete("sessions", "a")):
+        with pytest.raises(cliproxy.StateUnavailable):
+            use()
 
 
 # === Circuit breakers ================================================================================================
@@ -3112,7 +3157,7 @@ def clock():
 
 @pytest.fixture
 def breakers(clock, tmp_path):
-    return cliproxy.Breakers(str(tmp_path / "breakers.json"), clock=clock)
+    return cliproxy.Breakers(cliproxy.FileStore(str(tmp_path)), clock=clock)
 
 
 def crash(**more):
@@ -3281,18 +3326,32 @@ def test_who_would_have_to_wait_for_long_is_not_told_to_try_again(breakers, cloc
     assert error.retry_after == 160 and error.should_retry is False
 
 
-def test_a_file_of_breakers_that_was_tampered_with_does_no_harm(clock, tmp_path):
-    path, row = tmp_path / "breakers.json", {"until": 9e15, "resets": 9e15, "failures": 3, "opened": 1, "error": {"class": "quota", "what": "x", "why": "", "do": ""}}
-    path.write_text(json.dumps({"version": 1, "breakers": {"claude/sonnet": row}}))
-    breakers = cliproxy.Breakers(str(path), noted()[0], clock)
+def test_a_breaker_that_was_tampered_with_does_no_harm(clock, tmp_path):
+    log, rows = noted()
+    store = cliproxy.FileStore(str(tmp_path), log)
+    good = {"key": "claude/sonnet", "until": 9e15, "resets": 9e15, "failures": 3, "opened": 1, "error": {"class": "quota", "what": "x", "why": "", "do": ""}}
+    for name, row in (("a", good), ("b", {"key": "a/b"}), ("c", {**good, "error": ["x"]})):
+        store.save("breakers", name, row, 60)
+    breakers = cliproxy.Breakers(store, log, clock)
     breakers.load(lambda key: SETTINGS)
     row = breakers.table()["claude/sonnet"]
-    assert row["retry_after"] == 1800 and row["resets_after"] <= 31 * 86400
-    for text in ('{"version": 1, "breakers": {"a/b": {"until": Infinity}}}', "[" * 100000, json.dumps({"version": 1, "breakers": {"a/b": {"until": 1, "resets": 1, "failures": 1, "opened": 1, "error": ["x"]}}})):
-        path.write_text(text)
-        log, rows = noted()
-        cliproxy.Breakers(str(path), log, clock).load(lambda key: SETTINGS)
-        assert rows[0]["event"] == "state-damaged"
+    assert row["retry_after"] == 1800 and row["resets_after"] <= 31 * 86400 and list(breakers.table()) == ["claude/sonnet"]
+    assert [r["event"] for r in rows] == ["state-damaged"] * 2 and store.names("breakers") == ["a"]
+
+
+def test_what_another_proxy_makes_of_a_breaker_is_seen_after_a_second(clock, tmp_path):
+    store, later = cliproxy.FileStore(str(tmp_path)), Clock(5.0)
+    store.shared = True
+    one, other = cliproxy.Breakers(store, clock=clock), cliproxy.Breakers(store, clock=later)
+    other.admit("claude/sonnet")
+    failing(one, 3)
+    other.admit("claude/sonnet")
+    later.now += 1
+    assert round(refused(other).retry_after) == 10
+    one.reset("claude")
+    refused(other)
+    later.now += 1
+    assert not other.admit("claude/sonnet").probe
 
 
 def test_each_model_of_each_provider_has_a_breaker_of_its_own(breakers):
@@ -3314,7 +3373,7 @@ def test_an_open_breaker_outlives_the_process_and_a_closed_one_is_forgotten(brea
     later = Clock(5.0)                              # the next run has another clock
 
     def load(clock):
-        again = cliproxy.Breakers(str(tmp_path / "breakers.json"), clock=clock)
+        again = cliproxy.Breakers(cliproxy.FileStore(str(tmp_path)), clock=clock)
         again.load(lambda key: SETTINGS)
         return again
     again = load(later)
@@ -3324,7 +3383,7 @@ def test_an_open_breaker_outlives_the_process_and_a_closed_one_is_forgotten(brea
     probes = {key: again.admit(key) for key in ("gemini/pro", "claude/sonnet")}
     assert all(admission.probe for admission in probes.values())
     again.answered("gemini/pro", probes["gemini/pro"])
-    assert states(load(later)) == {"claude/sonnet": "half-open"}
+    assert states(load(later)) == {"claude/sonnet": "open"}
     assert again.reset("claude") == ["claude/sonnet"] and states(load(later)) == {}
 
 
@@ -3344,7 +3403,7 @@ def test_breakers_of_one_model_or_of_all_of_a_provider_are_reset(breakers):
 def test_a_state_directory_that_cannot_be_written_is_no_reason_to_stop(tmp_path, clock):
     (tmp_path / "file").write_text("")
     log, rows = noted()
-    breakers = cliproxy.Breakers(str(tmp_path / "file" / "breakers.json"), log, clock)
+    breakers = cliproxy.Breakers(cliproxy.FileStore(str(tmp_path / "file"), log), log, clock)
     breakers.load(lambda key: SETTINGS)
     failing(breakers, 3)
     assert states(breakers) == {"claude/sonnet": "open"} and {r["event"] for r in rows} == {"breaker", "state-unusable"}
@@ -4311,6 +4370,141 @@ def test_a_client_that_reads_slowly_slows_its_cli_down(proxy):
         assert 0 < int(still(lambda: proxy.read("claude.said"))) < 4000
         frames = read_answer(f).frames
     assert said(frames)[0][0] == "".join(f"w{i} " * 1000 for i in range(4000))
+
+
+# === Sessions ========================================================================================================
+
+
+def in_session(proxy, name, text, key="", **body):
+    return proxy.ask("claude", text, headers={"X-Session-Id": name, **({"Authorization": "Bearer " + key} if key else {})}, **body)
+
+
+PARTS = (TextPart("é"), ImagePart("image/png", PIXEL), CallPart("1", "look", "{}"), ResultPart("1", "look", "seen"))
+
+
+@pytest.mark.parametrize("message", [Message("user", PARTS[:2], "ann"), Message("assistant", PARTS[2:3]), Message("tool", PARTS[3:]), Message("system", ())])
+def test_a_message_is_kept_as_json(message):
+    assert cliproxy.message_of(json.loads(json.dumps(cliproxy.message_row(message)))) == message
+
+
+def dialog(*texts):
+    return tuple(Message("user" if i % 2 == 0 else "assistant", (TextPart(t),)) for i, t in enumerate(texts))
+
+
+SYSTEM = Message("system", (TextPart("Be kind."),))
+
+
+@pytest.mark.parametrize("earlier, said_now, whole", [
+    ((), dialog("a"), dialog("a")), (dialog("a", "b"), dialog("c"), dialog("a", "b", "c")), (dialog("a", "b"), dialog("a", "b", "c"), dialog("a", "b", "c")),
+    ((SYSTEM, *dialog("a", "b")), dialog("c"), (SYSTEM, *dialog("a", "b", "c"))), (dialog("a", "b"), (SYSTEM, *dialog("c")), (SYSTEM, *dialog("a", "b", "c"))),
+    ((SYSTEM, *dialog("a", "b")), (Message("system", (TextPart("Be rude."),)), *dialog("c")), (Message("system", (TextPart("Be rude."),)), *dialog("a", "b", "c")))])
+def test_what_is_said_now_is_joined_to_what_was_said(earlier, said_now, whole):
+    assert cliproxy.Sessions._joined(earlier, said_now) == whole
+
+
+def test_a_session_goes_on_with_only_the_new_turn(staying):
+    proxy = staying("claude", alone=True)
+    for number, text in enumerate(("one", "two", "three")):
+        answered = in_session(proxy, "mine", text, stream=number == 1)
+        assert answered.status == 200 and answered.headers["X-Session-Id"] == "mine"
+        words = [w for earlier in ("one", "two", "three")[:number] for w in (("user", earlier), ("assistant", "".join(HELLO)))]
+        assert conversation(asked(proxy, "claude", number)) == [*words, ("user", text)]
+    assert logged(proxy, 2)["session"] == "live" and logged(proxy, 2)["in_session"] == "1"
+    row = proxy.request("GET", "/v1/sessions").json["data"][0]
+    assert row["id"] == "mine" and row["turns"] == 3 and abs(row["used"] - time.time()) < 60 and row["bytes"] > 500
+    assert [m["content"] for m in proxy.request("GET", "/v1/sessions/mine").json["messages"]] == ["one", "".join(HELLO), "two", "".join(HELLO), "three", "".join(HELLO)]
+    assert proxy.request("DELETE", "/v1/sessions/mine").json == {"object": "session.deleted", "id": "mine", "deleted": True}
+    assert proxy.request("DELETE", "/v1/sessions/mine").error == proxy.request("GET", "/v1/sessions/mine").error == (404, "invalid_request_error", "session_not_found", None)
+    in_session(proxy, "mine", "four")
+    assert conversation(asked(proxy, "claude", 3)) == [("user", "four")]
+
+
+def test_a_session_goes_on_after_a_restart_with_another_model_and_by_another_provider(serve):
+    scripts = {"claude": {"reveal": True}, "gemini": {"reveal": True}}
+    proxy = serve(["--route", "two=claude,gemini"], clis=["claude", "gemini"], scripts=scripts)
+    assert in_session(proxy, "mine", "one").status == 200
+    proxy.stop(signal.SIGKILL)
+    again = serve(["--route", "two=claude,gemini"], clis=["claude", "gemini"], scripts={"claude": {"steps": BUSY}, "gemini": {"reveal": True}}, env={"XDG_STATE_HOME": proxy.env["XDG_STATE_HOME"]})
+    answered = again.ask("two", "two", headers={"X-Session-Id": "mine"})
+    assert answered.headers["x-cliproxy-provider"] == "gemini"
+    seen = again.given("gemini")
+    assert all(words in seen["files"]["history.jsonl"] for words in ('"one"', json.dumps("".join(HELLO)))) and seen["stdin"] == "two"
+    assert again.request("GET", "/v1/sessions").json["data"][0]["turns"] == 2
+
+
+def test_a_turn_that_fails_or_that_nobody_waits_for_leaves_no_trace(proxy):
+    assert in_session(proxy, "traces", "one").status == 200
+    proxy.play("claude", ["begin"], ["say", ["w"]], ["fail", "API Error: Overloaded", None], ["exit", 1])
+    assert in_session(proxy, "traces", "two").status == 503
+    proxy.play("claude", ["begin"], ["say", ["w"]], ["wait", "never"])
+    with proxy.connect() as s:
+        s.sendall(as_http({"model": "claude", "stream": True, "messages": [{"role": "user", "content": "three"}]}, "X-Session-Id: traces"))
+        until(s, b'"w"')
+    proxy.play("claude")
+    assert in_session(proxy.reset(), "traces", "four").status == 200       # waits until the lock is free
+    assert [m["content"] for m in proxy.request("GET", "/sessions/traces").json["messages"]][::2] == ["one", "four"]
+
+
+def test_requests_in_one_session_are_served_one_after_the_other(proxy):
+    proxy.play("claude", ["begin"], ["say", ["w"]], ["wait", "go"], ["end"])
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(proxy.connect()) for _ in range(4)]
+        for i, s in enumerate(sockets):
+            s.sendall(as_http({"model": "claude", "stream": True, "messages": [{"role": "user", "content": str(i)}]}, "X-Session-Id: queue"))
+        eventually("one runs", lambda: proxy.runs("claude") == 1)
+        assert still(lambda: proxy.runs("claude")) == 1
+        proxy.touch("go")
+        for s in sockets:
+            until(s, b"[DONE]")
+    messages = proxy.request("GET", "/sessions/queue").json["messages"]
+    assert sorted(m["content"] for m in messages[::2]) == list("0123") and [m["role"] for m in messages] == ["user", "assistant"] * 4
+
+
+def test_a_session_belongs_to_the_key_that_made_it(serve):
+    proxy = serve(["--api-key", "k1", "--api-key", "k2", "--session-busy", "refuse", "--max-sessions", "2"], clis=["claude"])
+    assert in_session(proxy, "mine", "one", "k1").status == in_session(proxy, "mine", "two", "k2").status == 200
+    for key, words in (("k1", "one"), ("k2", "two")):
+        headers = {"Authorization": "Bearer " + key}
+        assert [r["id"] for r in proxy.request("GET", "/v1/sessions", headers=headers).json["data"]] == ["mine"]
+        assert proxy.request("GET", "/v1/sessions/mine", headers=headers).json["messages"][0]["content"] == words
+    assert in_session(proxy, "third", "x", "k1").error == (413, "invalid_request_error", "session_full", None)
+    assert proxy.request("DELETE", "/v1/sessions/mine", headers={"Authorization": "Bearer k1"}).status == 200
+    answered = in_session(proxy, "new", "x", "k1")
+    assert re.fullmatch("sess_[0-9a-f]{32}", answered.headers["X-Session-Id"])
+    assert proxy.request("GET", "/v1/sessions/" + answered.headers["X-Session-Id"], headers={"Authorization": "Bearer k2"}).status == 404
+    proxy.play("claude", ["begin"], ["say", ["w"]], ["wait", "go"], ["end"])
+    with proxy.connect() as s:
+        s.sendall(as_http({"model": "claude", "stream": True, "messages": [{"role": "user", "content": "y"}]}, "X-Session-Id: mine", "Authorization: Bearer k2"))
+        until(s, b'"w"')
+        busy = in_session(proxy, "mine", "z", "k2")
+        assert busy.error == (409, "invalid_request_error", "session_busy", None) and busy.retry == ("true", "5")
+        proxy.touch("go")
+        until(s, b"[DONE]")
+
+
+def test_a_session_that_is_damaged_is_begun_anew_and_one_of_the_future_left_alone(serve):
+    proxy = serve(clis=["claude"])
+    assert in_session(proxy, "a", "one").status == in_session(proxy, "b", "one").status == 200
+    folder = os.path.join(proxy.env["XDG_STATE_HOME"], "cliproxy", "sessions")
+    a, b = (os.path.join(folder, cliproxy.state_name("", name) + ".json") for name in "ab")
+    with open(a, "r+") as f:
+        f.truncate(60)
+    with open(b) as f:
+        future = {**json.load(f), "version": 2}
+    with open(b, "w") as f:
+        json.dump(future, f)
+    assert in_session(proxy, "a", "two").status == 200 and len(glob.glob(a + ".damaged-*")) == 1 and len(proxy.lines("event=state-damaged")) == 1
+    assert [m["content"] for m in proxy.request("GET", "/sessions/a").json["messages"]] == ["two", "".join(HELLO)]
+    answered = in_session(proxy, "b", "two")
+    assert answered.error == (503, "server_error", "state_unavailable", None) and "newer cliproxy" in answered.message
+    with open(b) as f:
+        assert json.load(f) == future
+
+
+@pytest.mark.parametrize("name", ["x" * 201, "a\tb"])
+def test_a_session_has_a_name_that_can_be_shown(proxy, name):
+    assert in_session(proxy, name, "x").error == (400, "invalid_request_error", "invalid_value", "X-Session-Id")
+    assert in_session(proxy, "many", "x", n=2).error == (400, "invalid_request_error", "invalid_value", "n")
 
 
 # === Dialects ========================================================================================================
