@@ -5805,27 +5805,25 @@ TWO_HUNDRED = [f"w{i} " for i in range(1, 200)] + ["w200"]
 
 
 @every_cli
-def test_a_real_cli_goes_on_with_its_own_and_with_anothers_answer_wherever_it_was_cut(name, real, model):
-    def script(asked, body):
-        before = [part for role, part in HEARD[asked](body) if role == "assistant"]
-        if not before:
-            return [*TWO_HUNDRED[:at], CUT]
-        said = len(before[-1].split())
-        return TWO_HUNDRED[max(0, said - repeated):]
-    other = CLIS[(CLIS.index(name) + 1) % len(CLIS)]
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["itself", "another"])
+def test_a_real_cli_goes_on_with_its_own_and_with_anothers_answer_wherever_it_was_cut(name, elsewhere, real, model):
+    other = CLIS[(CLIS.index(name) + elsewhere) % len(CLIS)]
     for at, repeated in ((1, 0), (2, 1), (17, 3), (100, 12), (199, 0), (200, 5)):
-        model.script, model.failing = script, {}
-        answered = real.reset().ask(name)
-        assert answered.text == "".join(TWO_HUNDRED) and answered.headers["x-cliproxy-seams"] == "1", (at, repeated)
+        told = threading.Event()
 
-        def elsewhere(asked, body):
-            model.failing = {name: 500}         # from now on
-            return script(asked, body)
-        model.script, model.failing = elsewhere, {}
-        answered = real.reset().ask(f"from-{name}", stream=True)
-        frames = answered.frames
-        assert f"{name}/" in frames[-2] and f"{other}/" in frames[-2], frames[-2]
-        assert "".join(f["choices"][0]["delta"].get("content") or "" for f in frames if isinstance(f, dict)) == "".join(TWO_HUNDRED), (at, repeated)
+        def script(asked, body):
+            before = [part for role, part in HEARD[asked](body) if role == "assistant"]
+            if not before:
+                model.failing = {name: 500} if elsewhere else {}        # from now on                   # noqa: B023
+                return [*TWO_HUNDRED[:at], told, CUT]                                                   # noqa: B023
+            return TWO_HUNDRED[max(0, len(before[-1].split()) - repeated):]                             # noqa: B023
+        model.script, model.failing = script, {}
+        with real.reset().started("from-" + name if elsewhere else name) as stream:
+            got = until(stream, b"w%d" % at)
+            told.set()
+            got += until(stream, b"[DONE]")
+        assert "".join(re.findall(r'"content":"([^"]*)"', got.decode())) == "".join(TWO_HUNDRED), (at, repeated)
+        assert ((f"{name}/" in got.decode() and f", {other}/" in got.decode()) if at < 200 or elsewhere else b": cliproxy seams" not in got), (at, got[-300:])
 
 
 @every_cli
