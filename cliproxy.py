@@ -3973,6 +3973,11 @@ class Pool:
             resident.spares.remove(spare)
         return spare or Conversation(resident), False
 
+    def is_ready(self, provider: Provider, strategy: Strategy) -> bool:
+        """Is one up that could take a turn at once?"""
+        with self._lock:
+            return any(r.state == "ready" and (r.free() if r.exclusive else True) for r in self._group(provider, strategy).residents)
+
     def _forget(self, conversation: Conversation) -> Conversation:
         """Not to be gone on with by its key any more. With the pool's lock held."""
         conversation.resident.holds.pop(conversation.key, None)
@@ -4854,8 +4859,9 @@ class Attempt:
 
     params: {parameter: "native" | "emulated" | "ignored"} for each that the client gave."""
 
-    def __init__(self, step: Step, request: Request, scope: Scope):
+    def __init__(self, step: Step, request: Request, scope: Scope, others: bool = False):
         self.step, self.turn, self.scope = step, Turn(step.provider, step.model, request), scope
+        self.others = others                                # is there another step to go to?
         self.strategy: Optional[Strategy] = None
         self.session = ""                                   # a resident's conversation: live, spare or new
         self.params: Dict[str, str] = {}
@@ -5222,10 +5228,10 @@ class Router:
         if step.provider.row["hedge_ms"] and left and not any(answer.progress):
             yield from self._hedged(answer, step, left, step.provider.row["hedge_ms"] / 1000)
             return
-        attempt = Attempt(step, self._continued(answer), answer.scope)
+        attempt = Attempt(step, self._continued(answer), answer.scope, bool(left))
         answer.attempt, at = attempt, len("".join(answer.said))
         answer.asked.append(attempt)
-        with _closing(self._attempt(answer, attempt, bool(left))) as events:
+        with _closing(self._attempt(answer, attempt)) as events:
             if any(answer.progress):
                 events = after_seam(events, "".join(answer.said), cuts_words(answer.said))
             elif "response_format" in answer.request.params and not answer.request.stream:
@@ -5236,14 +5242,14 @@ class Router:
                     at = 0
                 yield event
 
-    def _attempt(self, answer: Answer, attempt: Attempt, others: bool) -> Iterator[Event]:
-        """What one provider answers, its circuit breaker before it, and what came of it noted. `others`: there is somebody else to go to."""
+    def _attempt(self, answer: Answer, attempt: Attempt) -> Iterator[Event]:
+        """What one provider answers, its circuit breaker before it, and what came of it noted."""
         key, provider, outcome, spoke = attempt.step.key, attempt.step.provider, "open", False
         admission = Admission(0.0)
         try:
             admission = self.breakers.admit(key)
             outcome = "cancelled"
-            attempt.scope.begin(self._limits(answer, provider, others), provider.name, answer.began)
+            attempt.scope.begin(self._limits(answer, provider, attempt.others), provider.name, answer.began)
             with contextlib.closing(self._down_the_strategies(attempt)) as events:
                 for event in events:
                     if not spoke and isinstance(event, (Text, Thinking, Done)):
@@ -5258,7 +5264,7 @@ class Router:
             answer.errors.append(e)
             if outcome != "open":
                 outcome = e.code
-                self._note_failure(attempt, admission, e, spoke, others)
+                self._note_failure(attempt, admission, e, spoke)
             raise
         finally:
             self.breakers.released(key, admission)
@@ -5267,13 +5273,13 @@ class Router:
             if outcome != "open":
                 self.ledger.attempt(key, attempt.usage, outcome)
 
-    def _note_failure(self, attempt: Attempt, admission: Admission, error: ProxyError, spoke: bool, others: bool) -> None:
+    def _note_failure(self, attempt: Attempt, admission: Admission, error: ProxyError, spoke: bool) -> None:
         """Tell the circuit breaker of it, and the log, unless it is the answer itself, which is logged anyway."""
         key, provider = attempt.step.key, attempt.step.provider
         if isinstance(error, ProviderError) and error.counts:
             error.retry_after = self.ledger.exact(provider.name, error.retry_after) if error.opens else error.retry_after
             self.breakers.failed(key, admission, error, provider.breaker)
-        if others or spoke:
+        if attempt.others or spoke:
             self._log(level="warning", event="broke-off" if spoke else "failed", provider=key, error=error.code, ms=round(attempt.since() * 1000))
 
     @staticmethod
@@ -5324,9 +5330,9 @@ class Router:
 
     def _start(self, answer: Answer, step: Step, left: deque, scopes: contextlib.ExitStack, pullers: Dict[Attempt, Puller], arrived: queue.Queue) -> Attempt:
         """Have a step asked by a thread of its own."""
-        attempt = Attempt(step, answer.request, answer.scope.twin(scopes))
+        attempt = Attempt(step, answer.request, answer.scope.twin(scopes), bool(left))
         answer.asked.append(attempt)
-        pullers[attempt] = Puller(attempt, self._attempt(answer, attempt, bool(left)), attempt.scope, arrived)
+        pullers[attempt] = Puller(attempt, self._attempt(answer, attempt), attempt.scope, arrived)
         return attempt
 
     @staticmethod
@@ -5484,7 +5490,7 @@ class Router:
                 status, said = (child.wait(2.0), child.errors()) if child else (None, "")
                 if last_try and not committed:
                     raise ResidentUnavailable(f"{turn.provider.name} {how_it_ended(status)} twice") from None
-                if committed:
+                if committed or (attempt.others and not self.pool.is_ready(turn.provider, strategy)):       # another provider is there at once
                     raise Crashed(f"{turn.provider.name} {how_it_ended(status)} before its answer was complete", " ".join(said.split())[-400:], Crashed.advice) from None
                 self._log(level="warning", event="retry", provider=turn.provider.name, why=how_it_ended(status))
 

@@ -4306,6 +4306,15 @@ def test_nothing_is_continued_if_that_is_not_wanted(serve):
     assert proxy.ask("claude", stream=True).frames[-1]["error"]["code"] == "provider_crashed" and proxy.runs("claude") == 1
 
 
+def test_a_killed_resident_is_not_waited_for_while_another_provider_is_there(serve):
+    proxy = serve(["--route", "two=codex,gemini"], clis=["codex", "gemini"], providers={"codex": {}, "gemini": {}})
+    eventually("both are up", lambda: len(proxy.lines("event=resident-ready")) >= 2)
+    proxy.play("codex", runs=[DEFAULT_SCRIPT["steps"], [["begin"], ["kill", signal.SIGKILL]]])
+    assert proxy.ask("codex").status == 200
+    answered = proxy.ask("two")
+    assert answered.headers["x-cliproxy-tried"] == "codex/gpt-5.5=provider_crashed, gemini/gemini-2.5-pro=ok" and not proxy.lines("event=retry")
+
+
 def test_residents_go_on_with_the_answer_of_one_that_was_killed(staying):
     proxy = staying("codex", alone=True)
     proxy.play("codex", runs=[[["begin"], ["say", ["served"]], ["end"]], [["begin"], ["say", ["w1 ", "w2 "]], ["kill", signal.SIGKILL]], [["begin"], ["say", ["w2 ", "w3"]], ["end"]]])
