@@ -7039,7 +7039,7 @@ def argument_parser() -> argparse.ArgumentParser:
     serve.add_argument("--hedge-ms", metavar="MS", type=float, default=None, help="ask the next provider of a route too when there is no word after so long (default: never)")
     serve.add_argument("--no-continue", action="store_true", help="end an answer that broke off with an error, instead of having it continued")
     serve.add_argument("--session-ttl", metavar="DAYS", type=float, default=30.0, help="days after its last use until a session is forgotten (default: %(default)s)")
-    serve.add_argument("--session-busy", choices=("wait", "refuse"), default="wait", help="what a second request in a session does meanwhile (default: %(default)s)")
+    serve.add_argument("--session-busy", metavar="WAY", choices=("wait", "refuse"), default="wait", help="wait or refuse: what becomes of a second request in a session (default: %(default)s)")
     serve.add_argument("--max-sessions", metavar="N", type=int, default=1000, help="sessions that are kept (default: %(default)s)")
     serve.add_argument("--max-session-mb", metavar="MB", type=int, default=8, help="largest session (default: %(default)s)")
     serve.add_argument("--keepalive", metavar="SECONDS", type=float, default=10.0, help="silence after which a stream gets a comment line (default: %(default)s)")
