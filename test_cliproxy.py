@@ -1050,14 +1050,14 @@ VARIANTS = {
     **variant("claude-text", "claude", **only("text", "claude")), **variant("gemini-text", "gemini", **only("text", "gemini")),
     **variant("codex-text", "codex", **only("text", "codex")), **variant("qwen-text", "qwen", **only("text", "qwen")),
     **variant("claude-changed", "claude"), **variant("claude-params", "claude"),
-    **variant("claude-hedged", "claude", hedge_ms=100), **variant("claude-brittle", "claude", breaker={"failures": 1, "seconds": 0.3}),
+    **variant("claude-hedged", "claude", hedge_ms=100), **variant("claude-patient", "claude", hedge_ms=1000 * LIMIT), **variant("claude-brittle", "claude", breaker={"failures": 1, "seconds": 0.3}),
     **variant("claude-failover", "claude", timeouts={"failover": 0.3}),
     **variant("codex-tty", "codex", args=[], strategies=[{"driver": "text", "argv": ["exec"], "stdin": "{prompt}", "terminal": ["stdout", "stderr"],
               "begin": "^codex$", "end": "^tokens used$", "stream": True}]),
 }
 
 
-ROUTES = ("two=claude,gemini", "json=gemini,codex", "three=claude/opus, gemini/flash, codex", "hedged=claude-hedged,gemini,codex", "silent=claude-failover,gemini", "pictures=claude-text,echo,gemini",
+ROUTES = ("two=claude,gemini", "json=gemini,codex", "three=claude/opus, gemini/flash, codex", "hedged=claude-hedged,gemini,codex", "patient=claude-patient,gemini,codex", "silent=claude-failover,gemini", "pictures=claude-text,echo,gemini",
           "narrow=claude-single,gemini", "hasty=claude-total,gemini")
 
 
@@ -4174,9 +4174,9 @@ def test_a_hedge_that_fails_is_followed_by_the_next_and_a_first_that_fails_by_th
     proxy.play("claude-hedged", ["begin"], ["wait", "never"])
     proxy.play("gemini", ["exit", 3])
     assert proxy.ask("hedged").headers["x-cliproxy-provider"] == "codex"
-    proxy.reset().play("claude-hedged", *BUSY)
-    answered = proxy.ask("hedged")
-    assert answered.headers["x-cliproxy-tried"] == "claude-hedged/default=overloaded, gemini/gemini-2.5-pro=provider_crashed, codex/gpt-5.5=ok"
+    proxy.reset().play("claude-patient", *BUSY)
+    answered = proxy.ask("patient")
+    assert answered.headers["x-cliproxy-tried"] == "claude-patient/default=overloaded, gemini/gemini-2.5-pro=provider_crashed, codex/gpt-5.5=ok"
     proxy.reset().play("claude-hedged", ["begin"], ["wait", "go"], ["fail", "API Error: 400 what is this", 400], ["exit", 1])
     proxy.play("gemini", ["begin"], ["touch", "go"], ["wait", "never"])
     assert proxy.ask("hedged").error == (400, "invalid_request_error", "invalid_value", None)
