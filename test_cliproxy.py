@@ -612,6 +612,7 @@ import ast
 import atexit
 import concurrent.futures
 import contextlib
+import dataclasses
 import datetime
 import errno
 import faulthandler
@@ -1051,7 +1052,7 @@ VARIANTS = {
     **variant("codex-text", "codex", **only("text", "codex")), **variant("qwen-text", "qwen", **only("text", "qwen")),
     **variant("claude-changed", "claude"), **variant("claude-params", "claude"),
     **variant("claude-hedged", "claude", hedge_ms=100), **variant("claude-patient", "claude", hedge_ms=1000 * LIMIT), **variant("claude-brittle", "claude", breaker={"failures": 1, "seconds": 0.3}),
-    **variant("claude-failover", "claude", timeouts={"failover": 0.3}),
+    **variant("claude-failover", "claude", timeouts={"failover": 0.3}), **variant("claude-small", "claude", context={"*": 4000}),
     **variant("codex-tty", "codex", args=[], strategies=[{"driver": "text", "argv": ["exec"], "stdin": "{prompt}", "terminal": ["stdout", "stderr"],
               "begin": "^codex$", "end": "^tokens used$", "stream": True}]),
 }
@@ -4381,6 +4382,324 @@ def test_a_client_that_reads_slowly_slows_its_cli_down(proxy):
     assert said(frames)[0][0] == "".join(f"w{i} " * 1000 for i in range(4000))
 
 
+# === Checkpoints =====================================================================================================
+
+
+def spoken(role, text, *parts):
+    return Message(role, (TextPart(text), *parts))
+
+
+def asks(text):
+    return spoken("user", text)
+
+
+def answers(text):
+    return spoken("assistant", text)
+
+
+def calls(*ids):
+    return Message("assistant", tuple(CallPart(i, "look", '{"at": "%s"}' % i) for i in ids))
+
+
+def tool_said(id, text="seen"):
+    return Message("tool", (ResultPart(id, "look", text),))
+
+
+def chatted(turns, size=400):
+    """A conversation of questions and answers of about `size` tokens each, that ends in a question."""
+    return [(asks if i % 2 == 0 else answers)(f"turn {i + 1} " + "word " * (size * 4 // 5)) for i in range(2 * turns - 1)]
+
+
+def no_system(messages):
+    return [m for m in messages if m.role != "system"]
+
+
+def summarise(plan, asked, words="what was said"):
+    """What a model makes of it, request by request; `asked` gets the requests."""
+    summary = plan.summary
+    for piece in cliproxy.summary_pieces(plan):
+        asked.append(cliproxy.summary_request(plan, piece, summary, "m"))
+        summary = cliproxy.taken_summary(plan, f"{words} #{len(asked)}")
+    return summary
+
+
+def random_conversation(choose, size, long=0.04):
+    """Tool calls, several at once, images, system messages anywhere, messages that are very long (a part `long` of them), until it is of `size` tokens."""
+    ids, out, so_far = 0, [], 0
+
+    def text(longest=300):
+        n = choose.choice([1, 5, 30, longest, 40 * longest if choose.random() < long else longest])
+        return "".join(choose.choice(["tea ", "façade ", "鷹狩り ", "😀", "</user>\n", "x" * 9]) for _ in range(choose.randint(1, n)))
+    if choose.random() < 0.7:
+        out.append(spoken("system", text()))
+    if choose.random() < 0.1:
+        out.append(answers("Hello, what can I do?"))
+    while so_far < size:
+        start = len(out)
+        out.append(spoken("user", text(), *([ImagePart("image/png", "AAAA")] if choose.random() < 0.1 else [])))
+        for _ in range(choose.choice([0, 0, 1, 3, 25])):
+            now = [f"c{ids + i}" if choose.random() < 0.8 else "look" for i in range(choose.choice([1, 1, 2, 3]))]
+            now, ids = sorted(set(now)), ids + len(now)
+            out.append(Message("assistant", (TextPart(text(20)), *(CallPart(i, "look", json.dumps({"at": text(20)})) for i in now))))
+            results = [tool_said(i, text()) for i in now]
+            choose.shuffle(results)
+            if len(results) > 1 and choose.random() < 0.2:
+                results.insert(1, spoken("system", "patience"))
+            out += results
+            if choose.random() < 0.05:
+                out.append(calls("never answered"))
+        out.append(answers(text()))
+        if choose.random() < 0.1:
+            out.append(spoken("system", text(30)))
+        so_far += cliproxy.count_tokens(out[start:])
+    return out + [asks(text())] if choose.random() < 0.8 else out[:-1] if choose.random() < 0.5 else out
+
+
+def pairs(turns):
+    """(how many results lack their call, how many calls lack a result) of a list of turns."""
+    open_calls, orphans = [], 0
+    for m in turns:
+        for p in m.parts:
+            if isinstance(p, CallPart) and p.id != "never answered":
+                open_calls.append(p.id)
+            elif isinstance(p, ResultPart):
+                if p.id in open_calls:
+                    open_calls.remove(p.id)
+                else:
+                    orphans += 1
+    return orphans, len(open_calls)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_goes_out_fits_and_holds_what_it_has_to_as_it_was(seed):
+    choose = random.Random(seed)
+    budget = choose.choice([4000, 16000])
+    messages = random_conversation(choose, choose.choice([0.6, 0.9, 2, 10]) * budget)
+    try:
+        plan = cliproxy.plan_checkpoint(messages, budget)
+    except cliproxy.ContextLengthExceeded:
+        turns = no_system(messages)         # only where what has to stay leaves too little, with the least that can be kept
+        first = next(i for i, m in enumerate(turns) if m.role == "user")
+        last = max(i for i, m in enumerate(turns) if m.role == "user")
+        must = {*range(first + 1), last, *range(max(cliproxy.safe_cuts(turns)), len(turns))}
+        assert cliproxy.count_tokens([turns[i] for i in must] + [m for m in messages if m.role == "system"]) + budget // 8 > budget
+        return
+    if plan is None:
+        assert cliproxy.count_tokens(messages) <= budget
+        return
+    asked = []
+    summary = summarise(plan, asked)
+    out, turns = cliproxy.with_summary(messages, plan, summary), no_system(messages)
+    assert cliproxy.count_tokens(out) <= budget and all(cliproxy.count_tokens(r.messages) <= budget for r in asked) and asked
+    at = messages.index(turns[plan.last])
+    recent = tuple(messages[next(i for i in range(at, len(messages)) if messages[i] is turns[plan.last]):])
+    assert recent and out[-len(recent):] == recent                                  # byte for byte, to the end
+    assert [m for m in out if m.role == "system"] == [m for m in messages if m.role == "system"]
+    start = next(i for i, m in enumerate(out) if m.role != "system")
+    assert list(out[start:start + plan.first - 1]) == turns[:plan.first - 1] and turns[plan.first - 2].role == "user"
+    assert sum(summary in m.text for m in out) == 1 and (cliproxy.SUMMARY_HEADING % (plan.first, plan.last) + summary) in [m.text for m in out]
+    assert [m for m in turns if m.role == "user"][-1] in out
+    assert pairs(no_system(out)) == pairs(turns) and pairs(turns[plan.last:])[0] == 0
+    places = [next((i for i, t in enumerate(turns) if t is m), None) for m in out if m.role != "system"]
+    assert [p for p in places if p is not None] == sorted(p for p in places if p is not None) and places.count(None) == 1
+    assert plan.hash == cliproxy.turns_hash(turns[plan.first - 1:plan.last])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_growing_conversation_is_summarised_now_and_then_each_turn_once(seed):
+    choose = random.Random(seed)
+    whole, budget, known, asked, planned, covered = random_conversation(choose, 40000, long=0), 8000, [], [], 0, 0
+    for n in range(1, len(whole) + 1):
+        if whole[n - 1].role == "system" or pairs(whole[:n]) != (0, 0):     # no client asks in the middle of its results
+            continue
+        plan = cliproxy.plan_checkpoint(whole[:n], budget, known=known)
+        if plan is None:
+            continue
+        planned += 1
+        turns = no_system(whole[:n])
+        assert list(plan.turns) == ([] if plan.last == covered else turns[max(covered, plan.first - 1):plan.last])
+        assert plan.summary == (known[-1]["summary"] if known else "") and plan.last >= covered
+        summary = summarise(plan, asked)
+        assert cliproxy.count_tokens(cliproxy.with_summary(whole[:n], plan, summary)) <= budget
+        if plan.turns:
+            covered = plan.last
+            known.append(cliproxy.checkpoint_of(plan, summary, "m"))
+            again = cliproxy.plan_checkpoint(whole[:n], budget, known=known)
+            assert again.turns == () and (again.summary, again.last, again.hash) == (summary, plan.last, plan.hash)
+            assert cliproxy.with_summary(whole[:n], again, again.summary) == cliproxy.with_summary(whole[:n], plan, summary)
+    assert len(known) >= 4 and planned > 3 * len(known)
+
+
+def test_a_conversation_that_fits_into_the_share_goes_out_as_it_is():
+    messages = chatted(20)
+    size = cliproxy.count_tokens(messages)
+    assert cliproxy.plan_checkpoint(messages, int(size / 0.7) + 1) is None
+    assert cliproxy.plan_checkpoint(messages, int(size / 0.7) - 1) is not None
+    assert cliproxy.plan_checkpoint(messages, int(size / 0.9), share=0.91) is None
+
+
+def test_half_of_the_budget_goes_out_and_as_many_recent_turns_as_that_holds():
+    messages = [spoken("system", "be brief"), *chatted(200)]
+    plan = cliproxy.plan_checkpoint(messages, 40000)
+    out = cliproxy.with_summary(messages, plan, "x" * 4 * (plan.room - cliproxy.HEADING_TOKENS))
+    assert 20000 - 2 * 410 < cliproxy.count_tokens(out) <= 20000
+    assert [m.role for m in out[:4]] == ["system", "user", "assistant", "user"] and all(a.role != b.role for a, b in zip(out, out[1:]))
+    assert plan.first == 2 and plan.last + len(out) - 3 == len(messages) - 1
+
+
+def test_ten_times_the_window_takes_a_chain_of_requests_each_with_the_summary_so_far():
+    messages = chatted(500)
+    plan = cliproxy.plan_checkpoint(messages, 20000)
+    asked = []
+    summary = summarise(plan, asked)
+    assert summary == f"what was said #{len(asked)}" and 15 < len(asked) < 40
+    texts = [r.messages[1].text for r in asked]
+    assert "<notes>" not in texts[0] and all(f"<notes>\nwhat was said #{i}\n</notes>" in t for i, t in enumerate(texts[1:], 1))
+    assert all(sum(f"turn {i} " in t for t in texts) == 1 for i in range(plan.first, plan.last + 1))
+    assert [r.messages[0].role for r in asked] == ["system"] * len(asked) and asked[0].model == "m" and asked[0].params == {}
+    assert cliproxy.checkpoint_header(plan, summary) == f"turns=2-{plan.last} tokens={plan.tokens}->5"
+    assert cliproxy.checkpoint_of(plan, summary, "m") == {"turns": [2, plan.last], "hash": plan.hash, "summary": summary, "tokens": [plan.tokens, 5], "model": "m"}
+    json.dumps(cliproxy.checkpoint_of(plan, summary, "m"))
+
+
+@pytest.mark.parametrize("text", ["a" * 300000, "鷹" * 90000, "😀é" * 50000], ids=["ascii", "kanji", "emoji"])
+def test_a_very_long_turn_is_cut_between_characters_and_nothing_of_it_is_lost(text):
+    messages = [asks("read this"), answers("go on"), spoken("user", text, ImagePart("image/png", "AAAA")), answers("read"), asks("and?")]
+    plan = cliproxy.plan_checkpoint(messages, 20000)
+    pieces = cliproxy.summary_pieces(plan)
+    assert "".join(pieces) == f"<assistant>\ngo on\n</assistant>\n\n<user>\n{text}[an image, image/png]\n</user>\n\n<assistant>\nread\n</assistant>\n\n"
+    assert all(cliproxy.estimate_tokens(p) <= plan.part for p in pieces) and text in "".join(pieces) and len(pieces) > 1
+
+
+def test_an_edited_history_is_summarised_anew_and_one_edited_after_a_checkpoint_is_not():
+    messages = chatted(120)
+    plan = cliproxy.plan_checkpoint(messages, 20000)
+    known = [cliproxy.checkpoint_of(plan, "earlier", "m")]
+    later = [*messages, answers("fine"), asks("next")]
+    assert cliproxy.plan_checkpoint(later, 20000, known=known).turns == ()
+    inside = [*later[:10], dataclasses.replace(later[10], parts=(TextPart(later[10].text + "!"),)), *later[11:]]
+    fresh = cliproxy.plan_checkpoint(inside, 20000, known=known)
+    assert fresh.summary == "" and len(fresh.turns) == fresh.last - 1
+    after = [*later[:-3], asks("something else"), *later[-2:]]
+    assert cliproxy.plan_checkpoint(after, 20000, known=known).summary == "earlier"
+    assert cliproxy.plan_checkpoint(later[:plan.last - 3] + [asks("from here")], 20000, known=known).summary == ""       # gone back to before it
+
+
+def test_an_extended_summary_is_made_from_the_last_one_and_the_turns_after_it():
+    messages = chatted(120)
+    plan = cliproxy.plan_checkpoint(messages, 20000)
+    known = [cliproxy.checkpoint_of(plan, "what was said first", "m")]
+    longer = [*messages, answers("so"), *chatted(12)]
+    extended = cliproxy.plan_checkpoint(longer, 20000, known=known)
+    assert extended.summary == "what was said first" and list(extended.turns) == longer[plan.last:extended.last] and extended.first == 2
+    assert extended.tokens == cliproxy.count_tokens(longer[1:extended.last]) and extended.hash == cliproxy.turns_hash(longer[1:extended.last])
+    asked = []
+    summarise(extended, asked)
+    assert len(asked) == 1 and "<notes>\nwhat was said first\n</notes>" in asked[0].messages[1].text and f"turn {plan.last} " not in asked[0].messages[1].text
+
+
+def test_of_several_checkpoints_the_shortest_that_fits_is_used_and_a_larger_window_needs_none():
+    messages = chatted(120)
+    known = [cliproxy.checkpoint_of(cliproxy.plan_checkpoint(messages, budget), f"for {budget}", "m") for budget in (20000, 60000)]
+    assert cliproxy.plan_checkpoint(messages, 60000, known=known).summary == "for 60000"
+    assert cliproxy.plan_checkpoint(messages, 20000, known=known).summary == "for 20000"
+    assert cliproxy.plan_checkpoint(messages, 200000, known=known) is None
+
+
+@pytest.mark.parametrize("turns, cuts", [
+    ([asks("a"), calls("1"), tool_said("1"), answers("b")], [0, 1, 3]),
+    ([asks("a"), calls("1", "2"), tool_said("2"), tool_said("1"), calls("3"), tool_said("3"), asks("c")], [0, 1, 4, 6]),
+    ([asks("a"), calls("1"), tool_said("1"), calls("1"), tool_said("1"), asks("c")], [0, 1, 3, 5]),         # ids that begin anew
+    ([asks("a"), calls("1"), asks("wait"), tool_said("1"), asks("c")], [0, 1, 4]),                      # a word in between
+    ([asks("a"), calls("1"), asks("never mind"), answers("b")], [0, 1, 2, 3]),                        # never answered
+    ([asks("a"), tool_said("9"), asks("c")], [0, 2]),                                                  # never called
+    ([calls("1"), calls("2"), tool_said("1"), asks("x"), tool_said("2"), asks("c")], [0, 5]),
+    ([], []),
+])
+def test_a_cut_is_never_between_a_call_and_its_result(turns, cuts):
+    assert cliproxy.safe_cuts(turns) == cuts
+
+
+def test_a_long_row_of_tool_calls_keeps_the_question_that_it_is_for():
+    rounds = [m for i in range(100) for m in (calls(f"c{i}"), tool_said(f"c{i}", "x" * 2000))]
+    messages = [asks("hello"), answers("yes?"), asks("mend it"), *rounds]
+    plan = cliproxy.plan_checkpoint(messages, 20000)
+    out = cliproxy.with_summary(messages, plan, "so far")
+    assert [m.role for m in out[:4]] == ["user", "assistant", "user", "assistant"] and out[2] is messages[2] and plan.last > 3
+    assert "mend it" in cliproxy.summary_pieces(plan)[0]        # it is there when the next question has come
+    known = [cliproxy.checkpoint_of(plan, "so far", "m")]
+    after = [*messages, answers("done"), asks("thanks")]
+    again = cliproxy.plan_checkpoint(after, 20000, known=known)
+    assert again.turns == () and messages[2] not in cliproxy.with_summary(after, again, "so far")
+
+
+def test_a_row_of_tool_calls_for_the_first_turn_has_the_summary_in_the_users_name():
+    messages = [asks("mend it"), *(m for i in range(100) for m in (calls(f"c{i}"), tool_said(f"c{i}", "x" * 2000)))]
+    out = cliproxy.with_summary(messages, cliproxy.plan_checkpoint(messages, 20000), "so far")
+    assert [m.role for m in out[:4]] == ["user", "user", "assistant", "tool"]
+    wire = cliproxy.anthropic_messages(out)
+    assert all(a["role"] != b["role"] for a, b in zip(wire, wire[1:])) and len(wire[0]["content"]) == 2
+
+
+@pytest.mark.parametrize("messages", [
+    [asks("x" * 90000)],
+    [asks("a"), answers("b"), asks("x" * 90000)],
+    [asks("x" * 90000), answers("b"), asks("c")],
+    [spoken("system", "x" * 90000), *chatted(40)],
+    [asks("a"), answers("b"), asks("c"), calls("1", "2"), tool_said("1", "x" * 90000), tool_said("2")],
+    [asks("x" * 4 * 18990), answers("b" * 4 * 1200), asks("c")],
+], ids=["alone", "last", "first", "system", "results", "a little"])
+def test_what_no_summary_makes_fit_is_refused_in_words_that_clients_know(messages):
+    with pytest.raises(cliproxy.ContextLengthExceeded) as refused:
+        cliproxy.plan_checkpoint(messages, 20000)
+    assert "20000 tokens" in refused.value.message and "maximum context length" in refused.value.message and "newest turn" in refused.value.message
+
+
+def test_where_what_has_to_stay_is_long_half_of_the_rest_is_used_and_there_is_no_summary_for_each_turn():
+    messages, known, made = [asks("x" * 4 * 13000)], [], 0
+    for i in range(100):
+        messages += [answers("word " * 60), asks("word " * 60)]
+        plan = cliproxy.plan_checkpoint(messages, 20000, known=known)
+        assert (plan is None) == (cliproxy.count_tokens(messages) <= 17500)      # 13,000 stay, 2,000 are for the summary; half of the rest is 2,500
+        if plan is not None:
+            summary = summarise(plan, [])
+            assert cliproxy.count_tokens(cliproxy.with_summary(messages, plan, summary)) <= 20000
+            if plan.turns:
+                known, made = [*known, cliproxy.checkpoint_of(plan, summary, "m")], made + 1
+    print(made)
+    assert 3 <= made < 30
+
+
+def test_nothing_is_summarised_that_would_hardly_save_anything():
+    assert cliproxy.plan_checkpoint([asks("a"), answers("b"), asks("x" * 4 * 15000)], 20000) is None
+    assert cliproxy.plan_checkpoint([asks("a"), answers("b" * 400), asks("c"), calls("1"), tool_said("1", "x" * 4 * 15000)], 20000) is None
+    assert cliproxy.plan_checkpoint([asks("x" * 4 * 9000), answers("b" * 400), asks("x" * 4 * 8000)], 20000) is None
+
+
+def test_an_image_counts_by_itself_and_not_by_its_bytes():
+    assert cliproxy.count_tokens([spoken("user", "four", ImagePart("image/png", "A" * 999999))]) == 4 + 1 + cliproxy.IMAGE_TOKENS
+    assert cliproxy.count_tokens([calls("1"), tool_said("1", "seen")]) == 4 + cliproxy.estimate_tokens('look{"at": "1"}') + 4 + 1
+    assert cliproxy.count_tokens(()) == 0
+
+
+def test_a_summary_that_is_too_long_is_cut_and_an_empty_one_is_an_error():
+    plan = cliproxy.plan_checkpoint(chatted(120), 20000)
+    assert cliproxy.taken_summary(plan, "\n fine \n") == "fine"
+    for letter in "a鷹😀":
+        cut = cliproxy.taken_summary(plan, letter * 100000)
+        assert cut.endswith(letter + " [...]") and plan.room - cliproxy.HEADING_TOKENS - 2 <= cliproxy.estimate_tokens(cut) <= plan.room - cliproxy.HEADING_TOKENS
+        assert cliproxy.count_tokens([answers(cliproxy.SUMMARY_HEADING % (10 ** 6, 10 ** 7) + cut)]) <= plan.room
+    with pytest.raises(cliproxy.ProviderError, match="empty"):
+        cliproxy.taken_summary(plan, " \n")
+
+
+def test_the_hash_is_of_the_turns_and_nothing_else():
+    turns = chatted(3)
+    assert cliproxy.turns_hash(turns) == cliproxy.turns_hash(tuple(turns)) != cliproxy.turns_hash(turns[:-1])
+    assert cliproxy.turns_hash([asks("é\U0001fae8")]) == "3b746927eb78f878f18ddeb3dd1d95b5dc6b9b6422ef46fbad830930473d13ec" and len(cliproxy.turns_hash([asks("\ud800")])) == 64
+    assert len({cliproxy.turns_hash([m]) for m in (asks("a"), answers("a"), spoken("user", "a", TextPart("")), Message("user", (TextPart("a"),), "ann"))}) == 4
+
+
 # === Sessions ========================================================================================================
 
 
@@ -4508,6 +4827,46 @@ def test_a_session_that_is_damaged_is_begun_anew_and_one_of_the_future_left_alon
     assert answered.error == (503, "server_error", "state_unavailable", None) and "newer cliproxy" in answered.message
     with open(b) as f:
         assert json.load(f) == future
+
+
+def long_turns(count, words=300):
+    return [{"role": "user" if i % 2 == 0 else "assistant", "content": f"turn {i + 1} " + "word " * words} for i in range(count)]
+
+
+def test_a_conversation_that_is_too_long_goes_on_with_a_summary_that_is_made_once(proxy):
+    proxy.play("claude-small", runs=[[*say("NOTES"), ["end"]], [*say("fine"), ["end"]]], reveal=True)
+    turns = long_turns(21)
+    answered = proxy.ask("claude-small", turns)
+    assert answered.text == "fine" and proxy.runs("claude-small") >= 3
+    header = re.fullmatch(r"turns=2-(\d+) tokens=(\d+)->\d+", answered.headers["x-cliproxy-checkpoint"])
+    covered, last = int(header.group(1)), proxy.runs("claude-small") - 1
+    history, stdin = (proxy.given("claude-small", last)[k] for k in ("files", "stdin"))
+    history = "".join(history.values())
+    assert history.count("in summary. What follows is word for word.") == 1 and "NOTES" in history + stdin or "fine" in history
+    assert all((f"turn {i} " in history + stdin) == (i == 1 or i > covered) for i in range(1, 22)) and int(header.group(2)) > 3000
+    again = proxy.ask("claude-small", [*turns, {"role": "assistant", "content": "fine"}, {"role": "user", "content": "And?"}])
+    assert again.headers["x-cliproxy-checkpoint"].startswith(f"turns=2-{covered} ") and proxy.runs("claude-small") == last + 2, "no second summary"
+    assert len(proxy.lines("event=checkpoint ")) >= 1
+
+
+def test_a_session_keeps_its_originals_and_the_summary_of_them(proxy):
+    proxy.play("claude-small", *say("NOTES"), ["end"])
+    for i in range(8):
+        answered = proxy.ask("claude-small", f"turn {i} " + "word " * 300, headers={"X-Session-Id": "long"})
+        assert answered.status == 200
+    assert answered.headers["x-cliproxy-checkpoint"].startswith("turns=2-")
+    messages = proxy.request("GET", "/sessions/long").json["messages"]
+    assert [m["content"].split()[:2] for m in messages[::2]] == [["turn", str(i)] for i in range(8)]
+    with open(os.path.join(proxy.env["XDG_STATE_HOME"], "cliproxy", "sessions", cliproxy.state_name("", "long") + ".json")) as f:
+        row = json.load(f)
+    assert row["checkpoints"][-1]["summary"] == "NOTES" and row["checkpoints"][-1]["turns"][0] == 2
+
+
+def test_a_summary_that_fails_fails_the_request_and_without_checkpoints_the_service_decides(serve, proxy):
+    proxy.play("claude-small", *BUSY)
+    assert proxy.ask("claude-small", long_turns(21)).error[2] == "overloaded"
+    other = serve(["--no-checkpoint"], clis=["claude"], providers={"claude": one_shot("claude", context={"*": 4000})}, scripts={"claude": {"reveal": True}})
+    assert other.ask("claude", long_turns(21)).headers["x-cliproxy-checkpoint"] is None and other.runs("claude") == 1
 
 
 @pytest.mark.parametrize("name", ["x" * 201, "a\tb"])
