@@ -4363,6 +4363,13 @@ class FileStore:
         except OSError:
             return []
 
+    def tidy(self) -> None:
+        """Remove what writes that were killed have left: files under a temporary name that are older than an hour."""
+        for path in glob.glob(os.path.join(glob.escape(self._directory), "*", "*.new-*")):
+            with contextlib.suppress(OSError):
+                if time.time() - os.stat(path).st_mtime > 3600:
+                    os.unlink(path)
+
     def lock(self, kind: str, name: str, scope: Scope, wait: bool = True) -> Generator[Waiting, None, Hold]:
         """Returns a hold of the object's lock, which no other request or proxy then has; waits for the scope's `queue` time, with a
         Waiting for each keep-alive interval. Locked if it cannot be had. The lock goes with the process, however that ends (flock)."""
@@ -5973,8 +5980,12 @@ class Sessions:
     # --- by name ---
 
     def table(self, key_id: str) -> List[Dict[str, Any]]:
-        """[{id, created, used, turns, bytes}] of a key's sessions, the last used first."""
-        rows = [row for row in (self._load(name) for name in self._store.names("sessions")) if row is not None and row["owner"] == key_id]
+        """[{id, created, used, turns, bytes}] of a key's sessions, the last used first; without those that cannot be read."""
+        rows = []
+        for name in self._store.names("sessions"):
+            with contextlib.suppress(StateUnavailable):
+                row = self._load(name)
+                rows += [row] if row is not None and row["owner"] == key_id else []
         return [{"object": "session", "id": row["id"], "created": int(row["created"]), "used": int(row["used"]), "bytes": len(json.dumps(row)),
                  "turns": sum(m["role"] == "user" for m in row["messages"])} for row in sorted(rows, key=lambda row: -row["used"])]
 
@@ -5995,9 +6006,13 @@ class Sessions:
         return SessionNotFound(f"there is no session {_show(session)} here", "it was never used with this key, or it has expired or been deleted", "GET /v1/sessions lists them")
 
     def sweep(self) -> None:
-        """Forget the sessions whose time is over: looking at one does it."""
+        """Forget the sessions whose time is over: looking at one does it. And what killed writes have left."""
+        self._store.tidy()
         for name in self._store.names("sessions"):
-            self._load(name)
+            try:
+                self._load(name)
+            except StateUnavailable as e:       # that of a newer cliproxy, say: whoever asks for it is told
+                self._log(level="warning", event="state-unusable", kind="sessions", name=name, why=e.message)
 
 
 # === Dialects ========================================================================================================
@@ -7236,7 +7251,7 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider], rout
 
 
 def _greet(state: State, warm: bool) -> None:
-    """Say what was found, one provider at a time, while the server is answering already; start what stays open."""
+    """Say what was found, one provider at a time, while the server is answering already; start what stays open; see to old sessions."""
     def say(line: str) -> None:
         if not state.stopping.is_set():     # what was found then is only that no process can be started any more
             print(line, file=sys.stderr, flush=True)
@@ -7247,6 +7262,7 @@ def _greet(state: State, warm: bool) -> None:
             state.router.prepared(provider, binary)
         if ready and warm and not state.stopping.is_set():
             state.router.warm(provider)
+    state.sessions.sweep()
 
 
 def allow_descriptors() -> None:

@@ -3100,6 +3100,59 @@ def test_a_state_of_a_newer_version_is_left_alone(store, tmp_path):
     assert path.read_text() == '{"version": 2, "expires": 9e9}'
 
 
+def write_and_die(store, calls, told):
+    """In a process of its own: add turn after turn, telling of each that is kept, and be killed at the so many-th system call of the store."""
+    left = [calls]
+
+    def dying(call):
+        def instead(*args, **more):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **more)
+        return instead
+
+    def half(value, f):
+        text = json.dumps(value)
+        f.write(text[:len(text) // 2])
+        f.flush()
+        dying(f.write)(text[len(text) // 2:])
+    turns = (store.load("sessions", "a") or {"turns": []})["turns"]
+    for name in ("open", "fsync", "replace", "close", "makedirs"):
+        setattr(os, name, dying(getattr(os, name)))
+    cliproxy.json = types.SimpleNamespace(dump=half, load=json.load, dumps=json.dumps)
+    while True:
+        turns.append(len(turns))
+        store.save("sessions", "a", {"turns": turns}, 60)
+        os.write(told, b"x")
+
+
+def test_every_acknowledged_turn_is_there_after_a_kill_at_each_system_call_of_a_write(store, tmp_path):
+    kept = 0
+    for number in range(124):
+        here, told = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                write_and_die(store, number % 31, told)
+            finally:
+                os._exit(1)
+        os.close(told)
+        with open(here, "rb") as f:
+            acknowledged = kept + len(f.read())
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        row = store.load("sessions", "a")
+        turns = row["turns"] if row else []
+        assert turns == list(range(len(turns))) and acknowledged <= len(turns) <= acknowledged + 1
+        kept = len(turns)
+    assert kept > 124
+    old = [p for p in (tmp_path / "state" / "sessions").iterdir() if ".new-" in p.name]
+    for path in old[1:]:
+        os.utime(path, (0, 0))
+    store.tidy()
+    assert [p.name for p in (tmp_path / "state" / "sessions").iterdir() if ".new-" in p.name] == [p.name for p in old[:1]] and store.load("sessions", "a")["turns"] == turns
+
+
 def held(store, name="a", wait=True, limits=None):
     """(hold or exception, Waiting events) of asking for a lock."""
     events = []
@@ -6192,6 +6245,51 @@ def test_a_real_cli_goes_on_with_its_own_and_with_anothers_answer_wherever_it_wa
             got += until(stream, b"[DONE]")
         assert "".join(re.findall(r'"content":"([^"]*)"', got.decode())) == "".join(TWO_HUNDRED), (at, repeated)
         assert ((f"{name}/" in got.decode() and f", {other}/" in got.decode()) if at < 200 or elsewhere else b": cliproxy seams" not in got), (at, got[-300:])
+
+
+def talk_of(model, name):
+    """The turns that a real CLI has sent to its model last, as [(role, words)], without what claude adds."""
+    rows = [(role, part.strip()) for role, part in HEARD[name](model.asked[-1][1]) if role != "system" and not part.startswith("<system-reminder>")]
+    return [(role, words) for role, words in rows if words]
+
+
+@pytest.mark.real
+def test_a_session_goes_from_one_real_cli_to_the_next_and_over_a_kill(request, serve_real, model):
+    need(request, *CLIS)
+    proxy, said_so_far = serve_real(), []
+    for number in range(8):
+        name = CLIS[number % len(CLIS)]
+        if number == 5:                         # in the middle of an answer, which then never was
+            model.script = ["lost ", HOLD]
+            with proxy.connect() as s:
+                s.sendall(as_http({"model": name, "stream": True, "messages": [{"role": "user", "content": "lost"}]}, "X-Session-Id: mine"))
+                until(s, b"lost ")
+                proxy.process.kill()
+                proxy.process.wait(LIMIT)
+            proxy = serve_real(XDG_STATE_HOME=proxy.env["XDG_STATE_HOME"])
+        model.script = [f"answer {number}"]
+        answered = proxy.ask(name, f"turn {number}", headers={"X-Session-Id": "mine"})
+        assert answered.text == f"answer {number}"
+        said_so_far.append(("user", f"turn {number}"))
+        assert talk_of(model, name) == said_so_far
+        said_so_far.append(("assistant", f"answer {number}"))
+    assert proxy.request("GET", "/v1/sessions").json["data"][0]["turns"] == 8
+
+
+@pytest.mark.real
+def test_a_conversation_of_ten_windows_gets_to_a_real_cli_with_one_summary(request, serve_real, model):
+    need(request, "claude", "codex")
+    proxy, turns = serve_real(providers={name: {"context": {"*": 4000}} for name in ("claude", "codex")}), long_turns(101, 390)
+    model.script = ["NOTES"]
+    header = proxy.ask("claude", turns).headers["x-cliproxy-checkpoint"]
+    covered = int(re.match(r"turns=2-(\d+) ", header).group(1))
+    assert len(model.asked) > 10 and talk_of(model, "claude")[0] == ("user", turns[0]["content"].strip())
+    for name in ("claude", "codex"):            # no second summary, whoever answers
+        before = len(model.asked)
+        assert proxy.ask(name, [*turns, {"role": "assistant", "content": "NOTES"}, {"role": "user", "content": "And?"}]).headers["x-cliproxy-checkpoint"] == header
+        talk = talk_of(model, name)
+        assert len(model.asked) == before + 1 and sum("What follows is word for word" in words and words.endswith("NOTES") for _, words in talk) == 1
+        assert [words for _, words in talk[2:-2]] == [t["content"].strip() for t in turns[covered:]] and len(json.dumps(talk)) < 16000
 
 
 @every_cli
