@@ -79,7 +79,7 @@ import tty
 import urllib.parse
 import uuid
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
@@ -4264,8 +4264,10 @@ class StateUnavailable(ProxyError):
 
 @dataclass(frozen=True)
 class Hold:
-    """A lock that is held. `token` grows with every holder, where several machines share the state."""
+    """A lock that is held. `token` grows with every holder, where several machines share the state (0 for files); `mark` is a random
+    word that no other holder has."""
     token: int = 0
+    mark: str = ""
     fd: int = -1
 
 
@@ -4364,7 +4366,11 @@ class FileStore:
             return []
 
     def tidy(self) -> None:
-        """Remove what writes that were killed have left: files under a temporary name that are older than an hour."""
+        """Remove sessions whose time is over, and what writes that were killed have left: files under a temporary name that are older
+        than an hour."""
+        for name in self.names("sessions"):
+            with contextlib.suppress(StateUnavailable, StateTooNew):
+                self.load("sessions", name)
         for path in glob.glob(os.path.join(glob.escape(self._directory), "*", "*.new-*")):
             with contextlib.suppress(OSError):
                 if time.time() - os.stat(path).st_mtime > 3600:
@@ -4413,6 +4419,453 @@ def state_name(*words: str) -> str:
 def _no_number(text: str) -> Any:
     """For the Infinity and NaN that Python's JSON has and JSON has not."""
     raise ValueError(f"{text} is no number")
+
+
+# === Redis ===========================================================================================================
+# State that several proxies share, in Redis 5 or newer (not Redis Cluster), over RESP2 (redis.io/docs/reference/protocol-spec):
+#
+#     cliproxy:KIND:NAME          the JSON object, with its expiry
+#     cliproxy:lock:KIND:NAME     the mark of the holder; expires LOCK_SECONDS after it was last extended
+#     cliproxy:fence:KIND:NAME    the last token that was given; a day old at most, so no turn outlives it
+#
+# A lock that expires cannot be trusted alone: its holder may have slept through it (a laptop's lid, SIGSTOP). So every holder has a
+# token higher than all before (a fencing token: Kleppmann, Designing Data-Intensive Applications, "Fencing tokens"), and Redis itself
+# compares it with the last one given, in the script that saves. Tokens start from Redis's clock in microseconds, so that they also
+# grow when it has lost its memory. Each script may run twice with the same outcome: a call whose connection turns out to be dead is sent again.
+#
+# One thread, the keeper, connects, extends what is held, and connects anew when Redis is gone; until it has, every call fails at
+# once and touches nothing. The other threads borrow connections. A call is over within CALL_SECONDS, whatever Redis does.
+
+CALL_SECONDS = 2.0
+RETRY_FIRST, RETRY_LONGEST = 0.1, 5.0       # seconds between the keeper's attempts to connect, doubled each time
+LOCK_SECONDS = 60.0                         # a lock outlives a proxy that was killed by this long; extended three times as often
+FENCE_MS = 86400 * 1000
+POLL_FIRST, POLL_LONGEST = 0.02, 0.1        # seconds between the looks of one that waits for a lock
+MAX_CONNECTIONS, IDLE_CONNECTION = 16, 30.0     # seconds; a firewall forgets an idle connection without a word, after minutes
+MAX_LINE = 8192                             # bytes; what is long comes as a bulk string
+NO_RESP = "what answers there does not speak Redis's protocol"
+MAX_TTL = 3650 * 86400.0                    # seconds; Redis refuses an expiry that is out of its range
+
+LOCK = """if not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('GET', KEYS[2]) end
+local now = redis.call('TIME')
+local token = string.format('%.0f', math.max(redis.call('INCR', KEYS[2]), now[1] * 1000000 + now[2]))
+redis.call('SET', KEYS[2], token, 'PX', ARGV[3])
+return token"""
+# A lock that is gone, because Redis was away for long or has lost its memory, is taken again, if nobody has had it since.
+EXTEND = """local held, fence = redis.call('GET', KEYS[1]), redis.call('GET', KEYS[2])
+if (held and held ~= ARGV[1]) or (fence and tonumber(fence) > tonumber(ARGV[2])) then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
+redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[4])
+return 1"""
+# The token moves on, or an EXTEND of this holder that is still under way would take the lock again.
+UNLOCK = """if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+local fence = redis.call('GET', KEYS[2])
+if not fence or tonumber(fence) <= tonumber(ARGV[2]) then redis.call('SET', KEYS[2], string.format('%.0f', ARGV[2] + 1), 'PX', ARGV[3]) end
+return 1"""
+SAVE = """local fence = redis.call('GET', KEYS[2])
+if fence and tonumber(fence) > tonumber(ARGV[3]) then return 0 end
+redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[4])
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1"""
+SET_ASIDE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('RENAME', KEYS[1], KEYS[2]) end return 1"
+
+Word = Union[str, bytes, int]
+
+
+class RedisError(Exception):
+    """An error reply, in bytes. Its text may quote the command, a password or a prompt included, so it is shown only as tidied."""
+
+
+class Unwelcome(ConnectionError):
+    """Redis is there and has refused to talk: a wrong password, a wrong database, or it is still loading."""
+
+
+@dataclass(frozen=True)
+class RedisUrl:
+    """Where Redis is, and who we are there."""
+    host: str
+    port: int
+    user: bytes
+    password: bytes = field(repr=False)
+    db: int
+    tls: bool
+
+    @property
+    def at(self) -> str:
+        """host:port, for messages."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_redis_url(url: str) -> RedisUrl:
+    """redis://[[user]:password@]host[:port][/db], rediss:// for TLS. ConfigError if it is not; that never quotes it, for the password in it."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port, path = parts.hostname or "localhost", parts.port, re.fullmatch(r"/?(\d{0,6})", parts.path)
+        user, password = (urllib.parse.unquote_to_bytes(part or "") for part in (parts.username, parts.password))
+        if parts.scheme in ("redis", "rediss") and path and not parts.query and not parts.fragment and bool(password) >= bool(user):
+            return RedisUrl(host, 6379 if port is None else port, user, password, int(path[1] or 0), parts.scheme == "rediss")
+    except ValueError:
+        pass                                # its message quotes what it took for the port, which may be half of the password
+    raise ConfigError("--state: expected redis://[[user]:password@]host[:port][/db], or rediss:// for TLS; in a password, write / as %2F, "
+                      "@ as %40, # as %23, ? as %3F and % as %25")
+
+
+class Replies:
+    """Reads RESP2 replies from pieces of any size; `more` gives the next one, b"" at the end."""
+
+    def __init__(self, more: Callable[[], bytes]):
+        self._more, self._buffer = more, bytearray()
+
+    def read(self, depth: int = 0) -> Any:
+        """A str, an int, bytes, a list, None, or a RedisError, which is not raised. ConnectionError if it is no RESP, or breaks off."""
+        kind, rest = self._line()
+        if kind == b"+":
+            return rest.decode("utf-8", "replace")
+        if kind == b"-":
+            return RedisError(rest)
+        if not re.fullmatch(rb"-1|\d{1,19}" if kind != b":" else rb"-?\d{1,19}", rest) or depth > 8:
+            raise ConnectionError(NO_RESP)
+        number = int(rest)
+        if kind == b":":
+            return number
+        if number < 0:
+            return None
+        if kind == b"*":
+            return [self.read(depth + 1) for _ in range(number)]
+        while len(self._buffer) < number + 2:
+            self._fill()
+        data = bytes(self._buffer[:number + 2])
+        if not data.endswith(b"\r\n"):
+            raise ConnectionError(NO_RESP)
+        del self._buffer[:number + 2]
+        return data[:-2]
+
+    def _line(self) -> Tuple[bytes, bytes]:
+        """(Its first byte, the rest.) What cannot become one is refused at its first byte: an SSH server greets, and then waits."""
+        while True:
+            end = self._buffer.find(b"\r\n", 0, MAX_LINE)
+            if self._buffer[:1] not in (b"", b"+", b"-", b":", b"$", b"*") or end < 0 and len(self._buffer) >= MAX_LINE:
+                raise ConnectionError(NO_RESP)
+            if end > 0:
+                line = bytes(self._buffer[:end])
+                del self._buffer[:end + 2]
+                return line[:1], line[1:]
+            self._fill()
+
+    def _fill(self) -> None:
+        piece = self._more()
+        if not piece:
+            raise ConnectionError("it has closed the connection")
+        self._buffer += piece
+
+
+class RedisConnection:
+    """A connection, for one thread at a time. `sound` is False while a reply is outstanding: broken off there, it is of no further use."""
+
+    def __init__(self, sock: socket.socket):
+        self._socket, self._replies, self._deadline = sock, Replies(self._receive), 0.0
+        self.sound, self.used, self.peer = True, 0.0, sock.getpeername()[:2]
+
+    def call(self, words: Sequence[Word], deadline: float) -> Any:
+        """The reply to a command. RedisError if Redis refuses it; OSError (socket.timeout, too) if the connection fails."""
+        self.sound, self._deadline = False, deadline
+        parts = [word if isinstance(word, bytes) else str(word).encode("utf-8") for word in words]
+        left = memoryview(b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts))
+        while left:
+            self._socket.settimeout(seconds_left(deadline))
+            left = left[self._socket.send(left):]
+        reply = self._replies.read()
+        self.sound, self.used = True, time.monotonic()
+        if isinstance(reply, RedisError):
+            raise reply
+        return reply
+
+    def _receive(self) -> bytes:
+        self._socket.settimeout(seconds_left(self._deadline))       # anew each time, or a byte a second would keep us
+        return self._socket.recv(65536)
+
+    def close(self) -> None:
+        self.sound = False
+        self._socket.close()
+
+
+def seconds_left(deadline: float) -> float:
+    """Until then; socket.timeout if it is past."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise socket.timeout("timed out")
+    return left
+
+
+class RedisStore:
+    """State in a Redis that other proxies use too. For any thread. Everything but close() may raise StateUnavailable."""
+
+    shared = True
+
+    def __init__(self, url: RedisUrl, log: Callable[..., None], lock_seconds: float = LOCK_SECONDS):
+        self._url, self._log, self._lock_seconds = url, log, lock_seconds
+        self._changed = threading.Condition()       # guards what follows
+        self._up: Optional[bool] = None             # None until the keeper has tried once
+        self._trouble: Tuple[str, str, str] = ("", "", "")      # what, why and do while it is not up
+        self._peer: Tuple[str, int] = ("", 0)       # the address that the keeper has reached, so that nobody else waits for a name server
+        self._times = 0                             # how often it was lost
+        self._idle: List[RedisConnection] = []
+        self._lent, self._closed = 0, False
+        self._keeper: Optional[threading.Thread] = None
+        self._stir = threading.Event()              # the keeper has something to do
+        self._holds: Dict[Hold, List[str]] = {}     # what is held: its keys
+        self._undo: List[Tuple[Word, ...]] = []     # for the keeper to send when Redis is back
+
+    def load(self, kind: str, name: str) -> Optional[Dict[str, Any]]:
+        """The JSON object, None if there is none. StateTooNew if a newer cliproxy has written it; a damaged one is set aside under another key."""
+        key = f"cliproxy:{kind}:{name}"
+        text = self._call("GET", key)
+        if text is None:
+            return None
+        try:
+            value = json.loads(text, parse_constant=_no_number)
+            check(value, {"version": int, "*": lambda *_: None}, "$")
+        except (ValueError, RecursionError, ConfigError) as e:
+            self.set_aside(kind, name, str(e), text)
+            return None
+        if value["version"] > STATE_VERSION:
+            raise StateTooNew(f"{key} at {self._url.at} was written by a newer cliproxy (format {value['version']}; this one knows {STATE_VERSION})")
+        return value
+
+    def set_aside(self, kind: str, name: str, why: str, text: Optional[bytes] = None) -> None:
+        """Keep what is there (this text, if one is given) under another key, because it makes no sense."""
+        key, aside = f"cliproxy:{kind}:{name}", f"cliproxy:damaged:{kind}:{name}:{int(time.time())}"
+        self._call("EVAL", SET_ASIDE, 2, key, aside, text if text is not None else self._call("GET", key) or b"")
+        self._log(level="warning", event="state-damaged", store=self._url.at, key=key, why=why, kept_as=aside)
+
+    def tidy(self) -> None:
+        """Redis itself forgets what has expired."""
+
+    def save(self, kind: str, name: str, value: Mapping[str, Any], ttl: float, hold: Optional[Hold] = None) -> None:
+        """Replace it whole, for `ttl` seconds; with a hold, only if no later holder has had the lock by now."""
+        text, expiry = json.dumps({**value, "version": STATE_VERSION}), max(1, int(min(ttl, MAX_TTL) * 1000))
+        if hold is None:
+            self._call("SET", f"cliproxy:{kind}:{name}", text, "PX", expiry)
+        elif not self._call("EVAL", SAVE, 2, f"cliproxy:{kind}:{name}", f"cliproxy:fence:{kind}:{name}", text, expiry, hold.token, FENCE_MS):
+            raise StateUnavailable(f"{name} was not saved", "its lock had expired, and another request has had it since", "send the request again")
+
+    def delete(self, kind: str, name: str) -> bool:
+        """Whether there was one."""
+        return bool(self._call("DEL", f"cliproxy:{kind}:{name}"))
+
+    def names(self, kind: str) -> List[str]:
+        """Of all that are kept, sorted."""
+        found, cursor, prefix = set(), b"0", f"cliproxy:{kind}:"
+        while True:
+            cursor, keys = self._call("SCAN", cursor, "MATCH", prefix + "*", "COUNT", 1000)
+            found.update(key.decode("utf-8", "replace")[len(prefix):] for key in keys)     # SCAN may give one twice
+            if cursor == b"0":
+                return sorted(found)
+
+    def lock(self, kind: str, name: str, scope: Scope, wait: bool = True) -> Generator[Waiting, None, Hold]:
+        """Take the lock, waiting for the scope's `queue` time, with a Waiting for each keep-alive interval. Raises Locked. First come is not first served."""
+        keys, mark, pause = [f"cliproxy:lock:{kind}:{name}", f"cliproxy:fence:{kind}:{name}"], uuid.uuid4().hex, POLL_FIRST
+        words = ("EVAL", LOCK, 2, *keys, mark, int(self._lock_seconds * 1000), FENCE_MS)
+        undo = ("EVAL", UNLOCK, 2, *keys, mark, 0, FENCE_MS)
+        token = self._call(*words, undo=undo)
+        if token is None and wait:
+            scope.enter("queue")
+        while token is None:
+            if not wait:
+                raise Locked(f"{name} is in use")
+            try:
+                scope.wait((), at_most=pause)
+            except TimedOut:
+                raise Locked(f"{name} is in use, and the queue's time-out has passed") from None
+            if scope.silent():
+                yield Waiting()
+            pause = min(pause * 1.5, POLL_LONGEST)
+            token = self._call(*words, undo=undo)
+        hold = Hold(int(token), mark)
+        with self._changed:
+            self._holds[hold] = keys
+        return hold
+
+    def unlock(self, kind: str, name: str, hold: Hold) -> None:
+        """Give the lock back. Never fails, as it stands in a `finally`: while Redis is gone, that is left to the keeper, or the lock expires."""
+        with self._changed:
+            keys = self._holds.pop(hold, [f"cliproxy:lock:{kind}:{name}", f"cliproxy:fence:{kind}:{name}"])
+        words = ("EVAL", UNLOCK, 2, *keys, hold.mark, hold.token, FENCE_MS)
+        try:
+            self._call(*words)
+        except StateUnavailable:
+            self._later(words)
+
+    def close(self) -> None:
+        """End the keeper and the connections. Calls of other threads fail from now on."""
+        with self._changed:
+            self._closed, keeper = True, self._keeper
+            self._trouble = (f"the session store at {self._url.at} cannot be reached", "this proxy is shutting down", "try again")
+            self._down()
+        if keeper is not None:
+            keeper.join(2 * CALL_SECONDS)           # no longer: a name server may keep it
+
+    def _call(self, *words: Word, undo: Tuple[Word, ...] = ()) -> Any:
+        """The reply to a command, which may be run twice; StateUnavailable within CALL_SECONDS. `undo` is sent later if nobody knows whether it was run."""
+        deadline = time.monotonic() + CALL_SECONDS
+        connection, times = self._borrow(deadline)
+        try:
+            if connection is not None:
+                try:
+                    return connection.call(words, deadline)
+                except OSError:
+                    connection.close()              # it may have been closed while it lay idle; or it is too late by now, which comes out below
+            connection = self._open(self._peer, deadline)
+            return connection.call(words, deadline)
+        except RedisError as e:
+            raise StateUnavailable(f"the session store at {self._url.at} refused a command", self._tidied(e), "see to that server") from None
+        except OSError as e:
+            trouble = self._lost(e, times)
+            if undo:
+                self._later(undo)
+            raise StateUnavailable(*trouble, retry_after=1) from None
+        finally:
+            with self._changed:
+                self._lent -= 1
+                if connection is not None and connection.sound and self._up:
+                    self._idle.append(connection)
+                elif connection is not None:
+                    connection.close()
+                self._changed.notify()
+
+    def _borrow(self, deadline: float) -> Tuple[Optional[RedisConnection], int]:
+        """(An idle connection, or None for the right to open one; how often Redis was lost until now.)"""
+        with self._changed:
+            if self._keeper is None and not self._closed:
+                self._keeper = threading.Thread(target=self._keep, name="redis", daemon=True)
+                self._keeper.start()
+            self._changed.wait_for(lambda: self._up is False or (self._up and self._lent < MAX_CONNECTIONS), deadline - time.monotonic())
+            if not self._up or self._lent >= MAX_CONNECTIONS:
+                trouble = self._trouble if self._up is False else self._said(socket.timeout())
+                raise StateUnavailable(*trouble, retry_after=1)
+            self._lent += 1
+            while self._idle:
+                connection = self._idle.pop()
+                if time.monotonic() - connection.used < IDLE_CONNECTION:
+                    return connection, self._times
+                connection.close()
+            return None, self._times
+
+    def _open(self, address: Tuple[str, int], deadline: float) -> RedisConnection:
+        """A connection that has been let in. OSError; Unwelcome if Redis is there and refuses."""
+        sock = socket.create_connection(address, seconds_left(deadline))
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._url.tls:
+                import ssl                          # here, because a Python may have been built without it
+                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=self._url.host)
+            connection, url = RedisConnection(sock), self._url
+            auth = [("AUTH", *filter(None, (url.user, url.password)))] if url.password else []
+            for words in (*auth, *([("SELECT", url.db)] if url.db else []), ("PING",)):
+                if connection.call(words, deadline) not in ("OK", "PONG"):
+                    raise ConnectionError(NO_RESP)
+            return connection
+        except RedisError as e:
+            sock.close()
+            raise Unwelcome(self._tidied(e)) from None
+        except BaseException:
+            sock.close()
+            raise
+
+    def _keep(self) -> None:
+        """The keeper's life."""
+        pause = RETRY_FIRST
+        while not self._closed:
+            if not self._up and not self._connect():
+                rest, pause = pause, min(2 * pause, RETRY_LONGEST)
+            else:
+                rest, pause = self._lock_seconds / 3, RETRY_FIRST
+            self._stir.wait(rest)
+            self._stir.clear()
+            if self._up:
+                with contextlib.suppress(StateUnavailable):     # it has been told, and if Redis is gone, we have been stirred
+                    self._extend(self._call)
+
+    def _connect(self) -> bool:
+        """Reach Redis, and take again what is held before anybody else here is let in. Whether that went well."""
+        with contextlib.ExitStack() as stack:
+            try:
+                connection = self._open((self._url.host, self._url.port), time.monotonic() + CALL_SECONDS)
+                stack.callback(connection.close)
+                with contextlib.suppress(RedisError):           # full, or a replica: it can still be read
+                    self._extend(lambda *words: connection.call(words, time.monotonic() + CALL_SECONDS))
+            except OSError as e:
+                self._lost(e, self._times)
+                return False
+            with self._changed:
+                if self._closed:
+                    return False
+                stack.pop_all()
+                was, self._up, self._peer = self._up, True, connection.peer
+                self._idle.append(connection)
+                self._changed.notify_all()
+                if self._undo:                      # come since _extend() looked
+                    self._stir.set()
+        if was is False:
+            self._log(event="state-store-back", store=self._url.at)
+        return True
+
+    def _extend(self, call: Callable[..., Any]) -> None:
+        """Send what is to be undone, and make every lock that is held last for another lock_seconds."""
+        with self._changed:
+            undo, self._undo = self._undo, []
+            holds = dict(self._holds)
+        for words in undo:
+            call(*words)
+        for hold, keys in holds.items():
+            if not call("EVAL", EXTEND, 2, *keys, hold.mark, hold.token, int(self._lock_seconds * 1000), FENCE_MS):
+                with self._changed:
+                    lost = self._holds.pop(hold, None)
+                if lost:
+                    self._log(level="warning", event="state-lock-lost", store=self._url.at, key=keys[0])
+
+    def _later(self, words: Tuple[Word, ...]) -> None:
+        """Have the keeper send this: at once if it has reached Redis anew in the meantime, else when it does."""
+        with self._changed:
+            self._undo.append(words)
+            if self._up:
+                self._stir.set()
+
+    def _lost(self, error: OSError, times: int) -> Tuple[str, str, str]:
+        """Redis is gone, unless the keeper has reached it anew since it had been lost `times` times. What, why and do of this error."""
+        trouble = self._said(error)
+        with self._changed:
+            if self._closed or times != self._times:
+                return trouble
+            was, self._trouble = self._up, trouble
+            if was is not False:
+                self._down()
+        if was is not False:
+            self._log(level="warning", event="state-store-gone", store=self._url.at, why=trouble[1])
+        return trouble
+
+    def _down(self) -> None:
+        """With _changed held: fail at once from now on."""
+        self._up, self._times = False, self._times + 1
+        while self._idle:
+            self._idle.pop().close()
+        self._changed.notify_all()
+        self._stir.set()
+
+    def _said(self, error: OSError) -> Tuple[str, str, str]:
+        """What, why and do."""
+        at = self._url.at
+        if isinstance(error, Unwelcome):
+            return f"the session store at {at} cannot be used", str(error), "check the user, the password and the database in --state"
+        why = f"it did not answer within {CALL_SECONDS:g} s" if isinstance(error, socket.timeout) else error.strerror or str(error)
+        return f"the session store at {at} cannot be reached", why, "check that Redis runs there, and --state"
+
+    def _tidied(self, error: RedisError) -> str:
+        """What Redis says, without what it quotes of the command; only its first word, if there is the password in it, be it by chance."""
+        said = error.args[0].partition(b", with args")[0]
+        if self._url.password and self._url.password in said:
+            said = said.partition(b" ")[0].replace(self._url.password, b"")
+        return said.decode("utf-8", "replace")
 
 
 # === Circuit breakers ================================================================================================
@@ -4515,7 +4968,11 @@ class Breakers:
     def load(self, settings: Callable[[str], Mapping[str, float]]) -> None:
         """Take over what an earlier run, or another proxy, has left; `settings(key)` are those of a provider."""
         self._settings = settings
-        for name in self._store.names("breakers") if self._store else ():
+        try:
+            names = self._store.names("breakers") if self._store else []
+        except StateUnavailable as e:
+            return self._log(level="warning", event="state-unusable", kind="breakers", why=e.message)
+        for name in names:
             self._take_over(name)
 
     def _take_over(self, name: str, key: str = "") -> None:
@@ -4527,7 +4984,9 @@ class Breakers:
         except ConfigError as e:
             return self._store.set_aside("breakers", name, str(e))
         except (StateTooNew, StateUnavailable) as e:
-            return self._log(level="warning", event="state-unusable", kind="breakers", name=name, why=str(e))
+            if not self._store.shared:          # that store tells when it goes and when it is back
+                self._log(level="warning", event="state-unusable", kind="breakers", name=name, why=str(e))
+            return
         with self._lock:
             if row is None:
                 known = self._breakers.get(key)
@@ -4643,7 +5102,8 @@ class Breakers:
                 else:
                     self._store.save("breakers", state_name(key), row, MAX_RESET)
             except StateUnavailable as e:
-                self._log(level="warning", event="state-unusable", kind="breakers", name=key, why=e.message)
+                if not self._store.shared:
+                    self._log(level="warning", event="state-unusable", kind="breakers", name=key, why=e.message)
 
 
 # === Router ==========================================================================================================
@@ -5081,7 +5541,8 @@ class Puller:
 USEFUL = (RateLimited, QuotaUsedUp, Busy, ContextLengthExceeded, Overloaded, Paused, BillingRefused, NotLoggedIn, AuthenticationFailed, PermissionDenied,
           TimedOut, UpstreamFailed, Unreachable, Crashed, ProviderError)
 MAX_SEAMS = 2               # how often an answer that broke off is continued
-CONTINUE = "Continue exactly where you stopped: begin with the very next characters, repeat nothing, add no preface."
+# It is to repeat a few words, because only they tell whether the last word was whole, and which white space comes next.
+CONTINUE = "Your answer was cut off. Continue exactly where you stopped: begin with your last few words once more, then go on. Add no preface."
 RESIDENT_BROKEN = 600.0     # seconds until a resident strategy that broke is tried again
 WIRE_NAMES = {"stop_sequences": "stop", "reasoning_effort": "effort", "max_output_tokens": "max_tokens", "max_completion_tokens": "max_tokens"}
 INERT = {"n", "stream", "parallel_tool_calls"}      # given, obeyed by the dialect or without any effect here
@@ -5277,6 +5738,7 @@ class Router:
                         admission = replace(admission, probe=False)
                     if isinstance(event, Done):
                         outcome = "ok"
+                        self.logged_in[provider.name] = True        # whatever start-up has found
                         self.breakers.succeeded(key)
                     yield event
         except ProxyError as e:
@@ -5748,7 +6210,7 @@ def plan_checkpoint(messages: Sequence[Message], budget: int, share: float = 0.7
     later = [k for k in cuts if k > start] if now > limit else []
     enough = [k for k in later if kept(k) + room <= goal][:2] or later[-1:]
     cut = next((k for k in enough if turns[k].role == "user"), enough[0]) if enough else start     # better with a question than with its answer
-    if now <= budget and now - kept(cut) - room < room:                     # nothing to be gained
+    if now <= budget and now - kept(cut) - room < room // 2:                # nothing much to be gained
         cut = start
     size = kept(cut) + room if cut > start else now
     if size > budget:
@@ -5865,9 +6327,10 @@ class Sessions:
             if window is not None and self._settings.checkpoint and count_tokens(answer.request.messages) > window:
                 first = next((m for m in answer.request.messages if m.role == "user"), None)
                 name = state_name("checkpoints", answer.request.key_id, repr(first))
-                row = self._store.load("checkpoints", name) or {"checkpoints": []}
+                row = self._known(name)
                 if (yield from self._shorten(answer, row, 1.0)):
-                    self._store.save("checkpoints", name, row, self._settings.session_ttl)
+                    with contextlib.suppress(StateUnavailable):     # then it will be summarised again
+                        self._store.save("checkpoints", name, row, self._settings.session_ttl)
             yield from events
 
     def _in_session(self, answer: Answer, events: Iterator[Event]) -> Iterator[Event]:
@@ -5894,6 +6357,18 @@ class Sessions:
                 self._store.unlock("sessions", name, hold)
 
     # --- checkpoints ---
+
+    def _known(self, name: str) -> Dict[str, Any]:
+        """The checkpoints of a conversation that the client keeps; none if they cannot be read now."""
+        try:
+            row = self._store.load("checkpoints", name) or {"checkpoints": []}
+            check(row, {"checkpoints": SESSION_SHAPE["checkpoints?"], "*": lambda *_: None}, "$")
+            return {"checkpoints": row["checkpoints"]}
+        except ConfigError as e:
+            self._store.set_aside("checkpoints", name, str(e))
+        except (StateUnavailable, StateTooNew):
+            pass
+        return {"checkpoints": []}
 
     @staticmethod
     def _window(answer: Answer) -> Optional[int]:
@@ -5953,7 +6428,7 @@ class Sessions:
 
     def _new(self, request: Request) -> Dict[str, Any]:
         if len(self._store.names("sessions")) >= self._settings.max_sessions:
-            self.sweep()
+            self._store.tidy()
             if len(self._store.names("sessions")) >= self._settings.max_sessions:
                 raise SessionFull("there are too many sessions", f"the limit is {self._settings.max_sessions}", "delete some, or start cliproxy with a larger --max-sessions")
         return {"id": request.session, "owner": request.key_id, "created": time.time(), "used": time.time(), "messages": []}
@@ -5978,6 +6453,10 @@ class Sessions:
         self._store.save("sessions", name, value, self._settings.session_ttl, hold)
 
     # --- by name ---
+
+    def tidy(self) -> None:
+        """See to what is old."""
+        self._store.tidy()
 
     def table(self, key_id: str) -> List[Dict[str, Any]]:
         """[{id, created, used, turns, bytes}] of a key's sessions, the last used first; without those that cannot be read."""
@@ -6004,15 +6483,6 @@ class Sessions:
     @staticmethod
     def _missing(session: str) -> SessionNotFound:
         return SessionNotFound(f"there is no session {_show(session)} here", "it was never used with this key, or it has expired or been deleted", "GET /v1/sessions lists them")
-
-    def sweep(self) -> None:
-        """Forget the sessions whose time is over: looking at one does it. And what killed writes have left."""
-        self._store.tidy()
-        for name in self._store.names("sessions"):
-            try:
-                self._load(name)
-            except StateUnavailable as e:       # that of a newer cliproxy, say: whoever asks for it is told
-                self._log(level="warning", event="state-unusable", kind="sessions", name=name, why=e.message)
 
 
 # === Dialects ========================================================================================================
@@ -7119,7 +7589,8 @@ def live_check(router: Router, provider: Provider) -> Tuple[bool, str]:
 def command_doctor(args: argparse.Namespace, providers: Dict[str, Provider]) -> int:
     """Exit status 0 if at least one CLI is ready (with --live: answers) and none that is installed is broken, else 1."""
     router, good = Router(providers, Spawner(), log=log), True
-    kept = Breakers(FileStore(state_directory(args.state, os.environ), log), log)      # of the proxy; a live check asks all the same
+    store = open_store(args)
+    kept = Breakers(store, log)      # of the proxy; a live check asks all the same
     kept.load(router.breaker_settings)
     try:
         names = args.provider or list(providers)
@@ -7140,6 +7611,7 @@ def command_doctor(args: argparse.Namespace, providers: Dict[str, Provider]) -> 
             ready += fine and provider.name != "echo"
         return 0 if good and (ready or "echo" in (args.provider or [])) else 1
     finally:
+        store.close()
         router.close()
 
 
@@ -7190,6 +7662,12 @@ def echo_words(messages: Sequence[Mapping[str, Any]]) -> Tuple[List[str], Dict[s
     return words, {"input": sum(len(str(m.get("content", "")).split()) for m in messages), "output": len(words)}
 
 
+def open_store(args: argparse.Namespace) -> Any:
+    """What --state or CLIPROXY_STATE names: a Redis, or a directory."""
+    chosen = args.state or os.environ.get("CLIPROXY_STATE", "")
+    return RedisStore(parse_redis_url(chosen), log) if re.match("rediss?:", chosen) else FileStore(state_directory(chosen, os.environ), log)
+
+
 def settings_from(args: argparse.Namespace) -> Settings:
     """Settings of the flags and the environment. ConfigError for a bind that would let strangers in."""
     keys = tuple(k for k in [*args.api_key, *os.environ.get("CLIPROXY_API_KEY", "").replace(",", " ").split()] if k)
@@ -7217,7 +7695,7 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider], rout
     allow_descriptors()
     ports: List[int] = []
     spawner = Spawner()                     # before any thread
-    store = FileStore(state_directory(args.state, os.environ), log)
+    store = open_store(args)
     router = Router(providers, spawner, ports, log, settings.strict, args.one_shot, routes, Breakers(store, log), settings.go_on)
     try:
         state = State(settings, router, Sessions(router, store, settings, log))
@@ -7247,6 +7725,7 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider], rout
             pass
         return 1 if spawner.gone.is_set() else 0
     finally:
+        store.close()
         router.close()
 
 
@@ -7262,7 +7741,7 @@ def _greet(state: State, warm: bool) -> None:
             state.router.prepared(provider, binary)
         if ready and warm and not state.stopping.is_set():
             state.router.warm(provider)
-    state.sessions.sweep()
+    state.sessions.tidy()
 
 
 def allow_descriptors() -> None:
@@ -7293,7 +7772,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version="cliproxy " + VERSION)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--providers", metavar="FILE", action="append", default=[], help="merge this file over the built-in providers (repeatable)")
-    common.add_argument("--state", metavar="DIR", default="", help="what is kept across restarts (default: `cliproxy/` in `$XDG_STATE_HOME` or `~/.local/state`)")
+    common.add_argument("--state", metavar="DIR", default="", help="what is kept across restarts: a directory, or redis://... (default: `cliproxy/` in `$XDG_STATE_HOME` or `~/.local/state`)")
     commands = parser.add_subparsers(dest="command", metavar="serve|doctor|bench|providers")
     serve = commands.add_parser("serve", parents=[common], help="serve (what happens when no command is given)")
     serve.add_argument("--host", default="", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1 and ::1)")
