@@ -61,10 +61,12 @@ import json
 import math
 import os
 import pty
+import pwd
 import queue
 import re
 import resource
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -562,7 +564,8 @@ BUILTIN_PROVIDERS = r'''{
       "binary": "claude",
       "install": "npm install -g @anthropic-ai/claude-code",
       "login": "run \"claude\" and type /login",
-      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["2.1.0", "2.1.999"]},
+      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["2.1.0", "2.1.999"], "pinned": "2.1.197"},
+      "home": ["{env:CLAUDE_CONFIG_DIR|~/.claude}", "~/.claude.json"],
       "logged_in": [{"argv": ["auth", "status"], "exit": 0}],
       "models": {
         "default": "sonnet",
@@ -682,7 +685,8 @@ BUILTIN_PROVIDERS = r'''{
       "binary": "gemini",
       "install": "npm install -g @google/gemini-cli",
       "login": "run \"gemini\" and choose a login, or set GEMINI_API_KEY",
-      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.58.0", "0.61.999"]},
+      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.58.0", "0.61.999"], "pinned": "0.61.0"},
+      "home": ["~/.gemini"],
       "logged_in": [{"env": ["GEMINI_API_KEY", "GOOGLE_API_KEY"]}, {"file": "~/.gemini/oauth_creds.json"},
                     {"file": "~/.gemini/.env", "match": "GEMINI_API_KEY\\s*="}, {"file": "~/.gemini/gemini-credentials.json"}],
       "models": {
@@ -834,7 +838,8 @@ BUILTIN_PROVIDERS = r'''{
       "binary": "codex",
       "install": "npm install -g @openai/codex",
       "login": "run \"codex login\"",
-      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.165.0", "0.169.999"]},
+      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.165.0", "0.169.999"], "pinned": "0.169.0"},
+      "home": ["{env:CODEX_HOME|~/.codex}"],
       "logged_in": [{"argv": ["login", "status"], "exit": 0}, {"file": "{env:CODEX_HOME|~/.codex}/config.toml", "match": "(?m)^model_provider\\s*=\\s*\"(?!openai\")"}],
       "models": {
         "default": "{found:model|gpt-5.5}",
@@ -972,7 +977,8 @@ BUILTIN_PROVIDERS = r'''{
       "binary": "qwen",
       "install": "npm install -g @qwen-code/qwen-code",
       "login": "run \"qwen auth\", or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL",
-      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.15.0", "0.15.999"]},
+      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.15.0", "0.15.999"], "pinned": "0.15.10"},
+      "home": ["~/.qwen"],
       "logged_in": [{"env": ["OPENAI_API_KEY", "DASHSCOPE_API_KEY"]}, {"file": "~/.qwen/oauth_creds.json"}, {"file": "~/.qwen/.env", "match": "API_KEY\\s*="},
                     {"file": "~/.qwen/settings.json", "match": "\"(apiKey|envKey)\"\\s*:\\s*\"[^\"]"}],
       "models": {
@@ -1213,7 +1219,7 @@ _STRATEGY = {"driver": _driver_name, "argv": _launch_args, "stdin?": _template, 
              "files?": {"*": _template}, "env?": {"*": _template}, "slots?": int, **_TALK, "events?": [_EVENT_RULE], "begin?": _regex, "end?": _regex, "drop?": [_regex], "failed?": _regex, "stream?": bool, "terminal?": [str]}
 _PROVIDER = {
     "title?": str, "binary": str, "install?": str, "login?": str,
-    "version?": {"argv": [str], "match": _regex, "tested?": [str]},
+    "version?": {"argv": [str], "match": _regex, "tested?": [str], "pinned?": str}, "home?": [str],
     "logged_in?": [{"argv?": [str], "exit?": int, "env?": [str], "file?": str, "match?": _regex}],
     "models": {"default": str, "names?": [str], "aliases?": {"*": str}, "also?": str},
     "env?": _ENV, "found?": {"*": {"file": str, "match?": _regex, "all?": bool, "json?": str}},
@@ -7763,6 +7769,245 @@ def _wait_for_signal(signals: queue.SimpleQueue, spawner: Spawner) -> None:
     log(level="error", event="spawner-gone", hint="the process that starts the CLIs was killed; start cliproxy again")
 
 
+UNIT = """\
+# cliproxy as a service of {whose}. Save this as {place}, then:
+#     {start}
+# After an update that moves a CLI, node or the script, print it anew. A comment says which line to loosen if something is refused.
+[Unit]
+Description=AI coding CLIs behind an OpenAI-compatible endpoint
+{wait}StartLimitIntervalSec=0
+
+[Service]
+ExecStart={command}
+# Where the CLIs and node were found.
+{environment}
+# Keys, one NAME=value a line (CLIPROXY_API_KEY, GEMINI_API_KEY ...), in a file of mode 0600; this unit can be read by others.
+EnvironmentFile=-%E/cliproxy.env
+Restart=on-failure
+RestartSec=5
+# Status 2 is a mistake in the settings, which no restart mends.
+RestartPreventExitStatus=2
+# SIGTERM goes to the proxy alone, which gives running requests the time of --drain.
+KillMode=mixed
+TimeoutStopSec={stop}
+# A CLI that runs out of memory is replaced; the others go on.
+OOMPolicy=continue
+UMask=0077
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RestrictNamespaces=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+# Not MemoryDenyWriteExecute: node compiles while it runs.
+{more}
+[Install]
+WantedBy={target}
+"""
+
+SYSTEM_UNIT = """\
+User={user}
+CapabilityBoundingSet={capabilities}
+AmbientCapabilities={capabilities}
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectSystem=strict
+ProtectControlGroups=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectClock=yes
+ProtectHostname=yes
+ProtectProc=invisible
+RemoveIPC=yes
+StateDirectory=cliproxy
+StateDirectoryMode=0700
+# The CLIs read their logins in the home and write to these paths of it when they renew one. A path that is not there when the service
+# starts cannot be written to before its next start: restart it after a first login. To loosen it, add the home itself to the second line.
+ProtectHome=read-only
+ReadWritePaths={writable}
+"""
+
+DOCKERFILE = """\
+# --- Dockerfile ---
+# BASE_IMAGE is node:22-bookworm-slim with its digest, so that the same image is built next year: "docker pull node:22-bookworm-slim"
+# prints it; put BASE_IMAGE=node:22-bookworm-slim@sha256:... into .env. The versions of the CLIs are those that the tests have run.
+ARG BASE_IMAGE
+FROM ${BASE_IMAGE}
+RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates python3 && rm -rf /var/lib/apt/lists/*
+RUN npm install --global --no-audit --no-fund{packages} && npm cache clean --force
+RUN {versions}
+COPY --chmod=0755 {files} /opt/cliproxy/
+ENV HOME=/home/node DISABLE_AUTOUPDATER=1 NO_BROWSER=true
+USER node
+WORKDIR /home/node
+VOLUME /home/node
+EXPOSE 8080
+HEALTHCHECK --interval=30s --timeout=5s --start-period=30s \\
+    CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/health', timeout=4)"]
+CMD ["python3", "/opt/cliproxy/cliproxy.py", "--host", "0.0.0.0", "--port", "8080"]
+"""
+
+COMPOSE = """\
+# --- compose.yaml ---
+# The proxy, and the Redis that keeps its sessions and circuit breakers. What stands as ${NAME:?...} goes into the file .env beside this one.
+# Several proxies behind a balancer: take `ports` away, put the balancer into the network `default`, and start them with
+# "docker compose up -d --scale proxy=3". They share the logins and, by way of Redis, the sessions.
+services:
+  proxy:
+    build:
+      context: .
+      args:
+        BASE_IMAGE: "${BASE_IMAGE:?put node:22-bookworm-slim@sha256:... into .env; the Dockerfile says where the digest comes from}"
+    command: [python3, /opt/cliproxy/cliproxy.py, --host, 0.0.0.0, --port, "8080", --state, "redis://redis:6379/0"]
+    environment:
+      CLIPROXY_API_KEY: "${CLIPROXY_API_KEY:?put a long random one into .env; clients send it}"
+      # A vendor's key in place of a login, with its value in .env:
+      # GEMINI_API_KEY: "${GEMINI_API_KEY}"
+    ports:
+      - "127.0.0.1:{port}:8080"
+    networks: [default, state]
+    depends_on:
+      redis:
+        condition: service_healthy
+    volumes:
+      - "home:/home/node"
+    tmpfs:
+      - "/tmp:mode=1777"
+    init: true
+    read_only: true
+    cap_drop: [ALL]
+    security_opt: ["no-new-privileges:true"]
+    restart: unless-stopped
+    stop_grace_period: 45s
+
+  redis:
+    image: "${REDIS_IMAGE:?put redis:7-bookworm@sha256:... into .env; docker pull redis:7-bookworm prints the digest}"
+    # Written to the disk before the answer: a turn that the proxy has acknowledged is not lost.
+    command: [redis-server, --appendonly, "yes", --appendfsync, always, --save, ""]
+    user: redis
+    networks: [state]
+    volumes:
+      - "redis:/data"
+    healthcheck:
+      test: ["CMD-SHELL", "redis-cli ping | grep -q PONG"]
+      interval: 5s
+      timeout: 3s
+      retries: 10
+    read_only: true
+    cap_drop: [ALL]
+    security_opt: ["no-new-privileges:true"]
+    restart: unless-stopped
+
+networks:
+  default:
+  # Redis has no password: nothing but the proxy is in its network.
+  state:
+    internal: true
+
+volumes:
+  home:
+  redis:
+"""
+
+
+def systemd_word(text: str, command: bool = False) -> str:
+    """The text as one word of a systemd unit (systemd.syntax(7), systemd.service(5)). Only in a command line is $ a variable's sign, and not in its first word."""
+    for old, new in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("%", "%%"), *([("$", "$$")] if command else [])):
+        text = text.replace(old, new)
+    return text if re.fullmatch(r"[\w%$@+=:,./~-]+", text) else f'"{text}"'
+
+
+def search_path(providers: Mapping[str, Provider], environ: Mapping[str, str]) -> str:
+    """The directories of PATH in which a CLI or node is, in their order, and those that every system has."""
+    found = {os.path.dirname(p) for p in [shutil.which("node", path=environ.get("PATH", os.defpath)), *(p.binary(environ) for p in providers.values() if p.name != "echo")] if p}
+    order = [d for d in environ.get("PATH", os.defpath).split(os.pathsep) if d in found]
+    return os.pathsep.join(dict.fromkeys([*map(os.path.abspath, order), "/usr/local/bin", "/usr/bin", "/bin"]))
+
+
+def systemd_unit(args: argparse.Namespace, flags: Sequence[str], environ: Mapping[str, str]) -> str:
+    """The unit that starts this script on this machine with these flags of serve. ConfigError for flags that cannot be, or that show a secret."""
+    serve = argument_parser().parse_args(["serve", "--port", str(args.port), *flags])
+    if serve.api_key or ("://" in serve.state and "@" in serve.state):
+        raise ConfigError("a unit can be read by others: " + ("set CLIPROXY_API_KEY in its environment file instead of --api-key" if serve.api_key else
+                                                              "set CLIPROXY_STATE in its environment file instead of a --state with a password"))
+    for name, path in [*(("providers", p) for p in serve.providers), ("state", serve.state)]:
+        if path and "://" not in path and not os.path.isabs(path):
+            raise ConfigError(f"--{name} {path}: a service has no directory of its own, so write {os.path.abspath(path)}")
+    settings = settings_from(argparse.Namespace(**{**vars(serve), "api_key": ["comes from the environment file"]}))
+    config = merged_providers(serve.providers)
+    providers, _ = load_providers(config), load_routes(config, serve.route)
+    rows = [path for p in providers.values() for path in p.row.get("home", [])]
+    moved = {name: environ[name] for _, name in holes(rows) if environ.get(name)}       # where the person keeps logins elsewhere
+    variables = {"PATH": search_path(providers, environ), **moved, **({"XDG_STATE_HOME": ""} if args.system else {})}
+    environment = "\n".join("Environment=" + (systemd_word(f"{k}={v}") if v else f"{k}=%S") for k, v in variables.items())
+    kept = [os.path.expanduser(fill(path, lambda n, arg: environ.get(arg) or MISSING)) for path in rows]
+    writable = ["-" + path for path in kept] + ([serve.state] if serve.state and "://" not in serve.state else [])
+    command = [systemd_word(sys.executable), *(systemd_word(w, command=True) for w in [os.path.abspath(__file__), "--port", str(args.port), *flags])]
+    user = pwd.getpwuid(os.getuid()).pw_name if args.system else ""
+    more = SYSTEM_UNIT.format(user=user, writable=" ".join(map(systemd_word, writable)), capabilities="CAP_NET_BIND_SERVICE" if 0 < settings.port < 1024 else "")
+    return UNIT.format(whose=f"the system, run as {user}" if args.system else "yours", stop=math.ceil(settings.drain) + 15, command=" ".join(command), environment=environment,
+                       place="/etc/systemd/system/cliproxy.service" if args.system else "~/.config/systemd/user/cliproxy.service",
+                       start="systemctl daemon-reload && systemctl enable --now cliproxy" if args.system else "systemctl --user enable --now cliproxy && loginctl enable-linger",
+                       wait="Wants=network-online.target\nAfter=network-online.target\n" if args.system else "",
+                       more=more if args.system else "", target="multi-user.target" if args.system else "default.target")
+
+
+def compose_files(port: int, providers: Mapping[str, Provider]) -> Dict[str, str]:
+    """{file name: text} of what builds and starts the containers, with each CLI at its pinned version."""
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"--port must be between 1 and 65535, found {port}")
+    found = [(re.fullmatch(r"npm install -g (\S+)", p.row.get("install", "")), dig(p.row, ("version", "pinned")),
+              [p.row["binary"], *p.row["version"]["argv"]]) for p in providers.values() if p.row.get("version")]
+    packages = [shlex.quote(f"{m.group(1)}@{pinned}") for m, pinned, _ in found if m and pinned]
+    versions = " && ".join(shlex.join(argv) for m, pinned, argv in found if m and pinned)      # a CLI that does not run breaks the build
+    if not packages:
+        raise ConfigError("no provider has both an `install` with npm and a `version.pinned`, so there is nothing to build an image of")
+    indent = " \\\n        "
+    return {"Dockerfile": DOCKERFILE.replace("{packages}", indent + indent.join(packages)).replace("{versions}", versions).replace("{files}", " ".join(build_context())),
+            "compose.yaml": COMPOSE.replace("{port}", str(port))}
+
+
+def build_context() -> Dict[str, str]:
+    """{name in the image: path here} of this script, and of the providers.json beside it if there is one."""
+    script = os.path.abspath(__file__)
+    beside = os.path.join(os.path.dirname(script), "providers.json")
+    return {"cliproxy.py": script, **({"providers.json": beside} if os.path.exists(beside) else {})}
+
+
+def command_deploy(args: argparse.Namespace, flags: Sequence[str]) -> int:
+    """Print the systemd unit, or the Dockerfile and the compose file; with --into write those two and a copy of the script into a directory."""
+    if args.what == "systemd":
+        sys.stdout.write(systemd_unit(args, flags, os.environ))
+        return 0
+    texts = compose_files(args.port, load_providers(merged_providers([])))
+    if not args.into:
+        sys.stdout.write("\n".join(texts.values()))
+        return 0
+    write_new(args.into, texts)
+    return 0
+
+
+def write_new(folder: str, texts: Mapping[str, str]) -> None:
+    """Write the files, and copies of what they are built of, into a directory; nothing at all, and ConfigError, if one of them is there already."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        copies = {name: path for name, path in build_context().items() if os.path.realpath(os.path.join(folder, name)) != os.path.realpath(path)}
+        taken = [name for name in [*texts, *copies] if os.path.lexists(os.path.join(folder, name))]
+        if taken:
+            raise ConfigError(f"{os.path.join(folder, taken[0])} is there already: move it away, or choose another directory")
+        for name, text in texts.items():
+            with open(os.path.join(folder, name), "x", encoding="utf-8") as f:
+                f.write(text)
+        for name, path in copies.items():
+            shutil.copyfile(path, os.path.join(folder, name))
+    except OSError as e:
+        raise ConfigError(f"--into {folder}: {e.strerror}") from None
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cliproxy.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="The AI coding CLIs you are logged in to (claude, gemini, codex, qwen), behind one local OpenAI-compatible endpoint.",
@@ -7773,7 +8018,7 @@ def argument_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--providers", metavar="FILE", action="append", default=[], help="merge this file over the built-in providers (repeatable)")
     common.add_argument("--state", metavar="DIR", default="", help="what is kept across restarts: a directory, or redis://... (default: `cliproxy/` in `$XDG_STATE_HOME` or `~/.local/state`)")
-    commands = parser.add_subparsers(dest="command", metavar="serve|doctor|bench|providers")
+    commands = parser.add_subparsers(dest="command", metavar="serve|doctor|bench|deploy|providers")
     serve = commands.add_parser("serve", parents=[common], help="serve (what happens when no command is given)")
     serve.add_argument("--host", default="", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1 and ::1)")
     serve.add_argument("--port", type=int, default=8080, help="0 takes a free one and prints it (default: %(default)s)")
@@ -7814,6 +8059,15 @@ def argument_parser() -> argparse.ArgumentParser:
     bench.add_argument("--model", default="gpt-4o", help="the model asked for at --url (default: %(default)s)")
     bench.add_argument("--api-key", metavar="KEY", default="", help="the key for --url")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    deploy = commands.add_parser("deploy", help="print a systemd unit, or a Dockerfile and a compose file").add_subparsers(dest="what", metavar="systemd|compose", required=True)
+    unit = deploy.add_parser("systemd", help="a hardened unit for this machine", usage="%(prog)s [-h] [--port N] [--user | --system] [-- FLAG OF SERVE ...]")
+    unit.add_argument("--port", metavar="N", type=int, default=8080, help="port of the service (default: %(default)s)")
+    kinds = unit.add_mutually_exclusive_group()
+    kinds.add_argument("--user", action="store_true", help="for your own service manager (the default)")
+    kinds.add_argument("--system", action="store_true", help="for the system's, run as you; shuts in more")
+    image = deploy.add_parser("compose", help="a Dockerfile and a compose.yaml with Redis")
+    image.add_argument("--port", metavar="N", type=int, default=8080, help="port on this machine's loopback (default: %(default)s)")
+    image.add_argument("--into", metavar="DIR", default="", help="write them and a copy of the script there; nothing is overwritten")
     echo = commands.add_parser("_echo")
     echo.add_argument("--json", action="store_true")
     echo.add_argument("--acp", action="store_true")
@@ -7822,16 +8076,19 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = ("serve", "doctor", "bench", "providers", "_echo")
+    commands = ("serve", "doctor", "bench", "deploy", "providers", "_echo")
     if not any(w in commands for w in words[:1]) and not any(w in ("-h", "--help", "--version") for w in words):
         words.insert(0, "serve")
-    args = argument_parser().parse_args(words)
+    cut = words.index("--") if words[:2] == ["deploy", "systemd"] and "--" in words else len(words)
+    args, flags = argument_parser().parse_args(words[:cut]), words[cut + 1:]     # cut by hand: argparse versions differ in what they make of --
     if args.command == "_echo":
         return command_echo(args)
     if args.command == "providers" and args.builtin:
         sys.stdout.write(BUILTIN_PROVIDERS)     # before any file is read: it may be on its way into providers.json
         return 0
     try:
+        if args.command == "deploy":
+            return command_deploy(args, flags)
         config = merged_providers(args.providers)
         if getattr(args, "hedge_ms", None) is not None:
             _not_negative(args.hedge_ms, "--hedge-ms")

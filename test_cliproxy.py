@@ -622,6 +622,7 @@ import http.client
 import importlib.util
 import io
 import pathlib
+import pwd
 import py_compile
 import random
 import re
@@ -6320,6 +6321,116 @@ def test_doctor_for_an_unknown_provider_is_a_mistake(machine):
 
 
 # === README ==========================================================================================================
+
+
+SYSTEMD_ANALYZE = shutil.which("systemd-analyze")
+
+
+def unit(text):
+    """[(key, value)] of a unit's settings."""
+    return [tuple(line.split("=", 1)) for line in text.splitlines() if "=" in line and not line.startswith("#")]
+
+
+@pytest.fixture
+def here(machine, monkeypatch):
+    """A machine with all four CLIs, as this process's own environment."""
+    some = machine()
+    for name in ("CLAUDE_CONFIG_DIR", "CODEX_HOME", "CLIPROXY_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    os.mkdir(os.path.join(some.folder, "node bin"))
+    os.symlink(sys.executable, os.path.join(some.folder, "node bin", "node"))
+    monkeypatch.setenv("PATH", f"/nonexistent:{some.folder}/bin:/sbin:{some.folder}/node bin")
+    monkeypatch.setenv("HOME", some.home)
+    return some
+
+
+def test_the_unit_of_a_person_starts_this_script_where_the_clis_are_found(here):
+    status, text, errors = called("deploy", "systemd", "--port", "8090", "--", "--drain", "60", "--strict")
+    assert (status, errors) == (0, "")
+    got = unit(text)
+    assert ("ExecStart", f"{sys.executable} {cliproxy.__file__} --port 8090 --drain 60 --strict") in got
+    assert ("Environment", f'"PATH={here.folder}/bin:{here.folder}/node bin:/usr/local/bin:/usr/bin:/bin"') in got
+    assert ("TimeoutStopSec", "75") in got and ("KillMode", "mixed") in got and ("WantedBy", "default.target") in got
+    needs_root = {"User", "CapabilityBoundingSet", "PrivateTmp", "PrivateDevices", "ProtectSystem", "ProtectHome", "ReadWritePaths", "StateDirectory"}
+    assert not needs_root & {key for key, _ in got} and "MemoryDenyWriteExecute" not in {key for key, _ in got}
+
+
+def test_the_unit_of_the_system_leaves_only_logins_and_state_to_be_written(here, monkeypatch):
+    monkeypatch.setenv("CODEX_HOME", "/srv/codex login")
+    got = unit(called("deploy", "systemd", "--system", "--", "--state", "/srv/100%")[1])
+    home = here.home
+    assert dict(got)["ReadWritePaths"] == f'-{home}/.claude -{home}/.claude.json -{home}/.gemini "-/srv/codex login" -{home}/.qwen /srv/100%%'
+    assert ("ProtectSystem", "strict") in got and ("ProtectHome", "read-only") in got and ("PrivateTmp", "yes") in got and ("WantedBy", "multi-user.target") in got
+    assert ("Environment", '"CODEX_HOME=/srv/codex login"') in got and ("Environment", "XDG_STATE_HOME=%S") in got and ("StateDirectory", "cliproxy") in got
+    assert dict(got)["User"] == pwd.getpwuid(os.getuid()).pw_name and dict(got)["CapabilityBoundingSet"] == ""
+    assert dict(unit(called("deploy", "systemd", "--system", "--port", "80")[1]))["AmbientCapabilities"] == "CAP_NET_BIND_SERVICE"
+
+
+@pytest.mark.parametrize("text, word, in_command", [
+    ("/usr/bin/python3", "/usr/bin/python3", None), ("a b", '"a b"', None), ("100%", "100%%", None), ("$HOME", "$HOME", "$$HOME"), ('say "x"', r'"say \"x\""', None),
+    ("back\\slash", r'"back\\slash"', None), ("", '""', None), (";", '";"', None), ("it's", '"it\'s"', None), ("two\nlines", r'"two\nlines"', None), ("gpt-4o=claude/sonnet,gemini", "gpt-4o=claude/sonnet,gemini", None)])
+def test_what_systemd_would_interpret_is_written_so_that_it_does_not(text, word, in_command):
+    assert cliproxy.systemd_word(text) == word and cliproxy.systemd_word(text, command=True) == (in_command or word)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--api-key", "k"], "a unit can be read by others: set CLIPROXY_API_KEY in its environment file instead of --api-key"),
+    (["--state", "redis://:secret@db/0"], "a unit can be read by others: set CLIPROXY_STATE in its environment file instead of a --state with a password"),
+    (["--providers", "mine.json"], "--providers mine.json: a service has no directory of its own, so write /"), (["--drain", "-1"], "--drain must not be negative, found -1"),
+    (["--route", "x"], "--route x: expected NAME=STEPS"), (["--providers", "/nonexistent.json"], "/nonexistent.json cannot be read")])
+def test_a_unit_that_would_not_start_is_not_printed(flags, words):
+    status, text, errors = called("deploy", "systemd", "--", *flags)
+    assert (status, text) == (2, "") and errors.startswith("cliproxy: " + words) and errors.count("\n") == 1 and "secret" not in errors
+
+
+def test_a_unit_may_listen_for_other_machines_because_its_key_is_in_its_environment_file():
+    assert ("EnvironmentFile", "-%E/cliproxy.env") in unit(called("deploy", "systemd", "--", "--host", "0.0.0.0")[1])
+
+
+@pytest.mark.skipif(not SYSTEMD_ANALYZE, reason="systemd-analyze is not here")
+@pytest.mark.parametrize("kind", ["--user", "--system"])
+def test_systemd_finds_nothing_wrong_with_the_unit(kind, tmp_path, here):
+    path = tmp_path / "cliproxy.service"
+    path.write_text(called("deploy", "systemd", kind, "--", "--route", 'a $b%c "d"=claude')[1])
+    ended = subprocess.run([SYSTEMD_ANALYZE, "verify", "--man=no", str(path)], capture_output=True, text=True, timeout=60, env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"})
+    assert (ended.returncode, [line for line in ended.stderr.splitlines() if "cliproxy.service" in line]) == (0, [])
+
+
+def test_the_containers_are_built_of_the_versions_that_the_tests_run():
+    status, text, errors = called("deploy", "compose", "--port", "9000")
+    assert (status, errors) == (0, "") and text.startswith("# --- Dockerfile ---\n") and text.count("\n# --- compose.yaml ---\n") == 1
+    rows = json.loads(cliproxy.BUILTIN_PROVIDERS)["providers"]
+    pins = {row["install"].rpartition(" ")[2]: row["version"]["pinned"] for row in rows.values() if row["install"]}
+    assert re.findall(r"^ {8}(\S+)@([\d.]+)", text, re.M) == list(pins.items()) and len(pins) == 4
+    for row in rows.values():
+        if row["install"]:
+            low, high = ([int(n) for n in end.split(".")] for end in row["version"]["tested"])
+            assert low <= [int(n) for n in row["version"]["pinned"].split(".")] <= high
+    assert '- "127.0.0.1:9000:8080"' in text and text.count("read_only: true") == text.count("cap_drop: [ALL]") == text.count("no-new-privileges:true") == 2
+    assert "condition: service_healthy" in text and "${CLIPROXY_API_KEY:?" in text and "\nUSER node\n" in text and "\nFROM ${BASE_IMAGE}\n" in text
+    assert not re.search(r"[{]\w", text.replace("${", "")) and os.path.dirname(cliproxy.__file__) not in text and ":latest" not in text
+
+
+def test_the_containers_files_are_written_beside_a_copy_of_the_script_and_over_nothing(tmp_path):
+    folder = tmp_path / "new"
+    assert called("deploy", "compose", "--into", str(folder)) == (0, "", "")
+    names = sorted(os.listdir(folder))
+    assert set(names) >= {"Dockerfile", "compose.yaml", "cliproxy.py"}
+    assert called("deploy", "compose")[1] == (folder / "Dockerfile").read_text() + "\n" + (folder / "compose.yaml").read_text()
+    copied = re.search(r"(?m)^COPY --chmod=0755 (.*) /opt/cliproxy/$", (folder / "Dockerfile").read_text()).group(1).split()
+    assert sorted([*copied, "Dockerfile", "compose.yaml"]) == names and (folder / "cliproxy.py").read_text(encoding="utf-8") == source()
+    os.unlink(folder / "Dockerfile")
+    (folder / "compose.yaml").write_text("mine")
+    status, _, errors = called("deploy", "compose", "--into", str(folder))
+    assert (status, errors) == (2, f"cliproxy: {folder}/compose.yaml is there already: move it away, or choose another directory\n")
+    assert not (folder / "Dockerfile").exists() and (folder / "compose.yaml").read_text() == "mine"
+    assert called("deploy", "compose", "--into", str(folder / "compose.yaml"))[0] == 2
+
+
+@pytest.mark.parametrize("args", [[], ["ship"], ["compose", "--", "--strict"], ["systemd", "--user", "--system"], ["systemd", "--", "--no-such-flag"]])
+def test_a_deployment_that_does_not_exist_is_status_2(args):
+    status, text, errors = called("deploy", *args)
+    assert (status, text) == (2, "") and "error: " in errors
 
 
 @pytest.fixture(scope="module")
