@@ -4303,7 +4303,7 @@ class FileStore:
         try:
             with open(path, encoding="utf-8") as f:
                 value = json.load(f, parse_constant=_no_number)
-            check(value, {"version": int, "expires": float, "*": lambda *_: None}, "$")
+            check(value, {"version": int, "expires?": float, "*": lambda *_: None}, "$")
         except FileNotFoundError:
             return None
         except OSError as e:
@@ -4313,7 +4313,7 @@ class FileStore:
             return None
         if value["version"] > STATE_VERSION:
             raise StateTooNew(f"{path} was written by a newer cliproxy (format {value['version']}; this one knows {STATE_VERSION})")
-        if value["expires"] <= time.time():
+        if value.get("expires", math.inf) <= time.time():
             self.delete(kind, name)
             return None
         return value
@@ -4372,11 +4372,16 @@ class FileStore:
             return []
 
     def tidy(self) -> None:
-        """Remove sessions whose time is over, and what writes that were killed have left: files under a temporary name that are older
-        than an hour."""
+        """Remove sessions whose time is over, the locks of those that are no more, and what writes that were killed have left: files under
+        a temporary name that are older than an hour."""
         for name in self.names("sessions"):
             with contextlib.suppress(StateUnavailable, StateTooNew):
                 self.load("sessions", name)
+        for path in glob.glob(os.path.join(glob.escape(self._directory), "sessions", "*.lock")):
+            fd = None if os.path.exists(path[:-5] + ".json") else self._try_lock(path)
+            if fd is not None:
+                os.unlink(path)             # while we hold it: who waits for it sees that, and makes a new one
+                os.close(fd)
         for path in glob.glob(os.path.join(glob.escape(self._directory), "*", "*.new-*")):
             with contextlib.suppress(OSError):
                 if time.time() - os.stat(path).st_mtime > 3600:
@@ -4386,29 +4391,36 @@ class FileStore:
         """Returns a hold of the object's lock, which no other request or proxy then has; waits for the scope's `queue` time, with a
         Waiting for each keep-alive interval. Locked if it cannot be had. The lock goes with the process, however that ends (flock)."""
         path = self._path(kind, name, ".lock")
+        scope.enter("queue")
+        while True:
+            fd = self._try_lock(path)
+            if fd is not None:
+                return Hold(fd=fd)
+            if not wait:
+                raise Locked
+            try:
+                scope.wait((), at_most=LOCK_POLL)
+            except TimedOut:
+                raise Locked from None
+            if scope.silent():
+                yield Waiting()
+
+    @staticmethod
+    def _try_lock(path: str) -> Optional[int]:
+        """A descriptor of the lock file that has the lock, None if another has it, or has just removed the file."""
         try:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
+                    return fd
+            except (BlockingIOError, FileNotFoundError):
+                pass
+            os.close(fd)
+            return None
         except OSError as e:
             raise StateUnavailable(f"{path} cannot be written", e.strerror or str(e), "choose another directory with --state") from None
-        try:
-            scope.enter("queue")
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return Hold(fd=fd)
-                except BlockingIOError:
-                    if not wait:
-                        raise Locked from None
-                try:
-                    scope.wait((), at_most=LOCK_POLL)
-                except TimedOut:
-                    raise Locked from None
-                if scope.silent():
-                    yield Waiting()
-        except BaseException:
-            os.close(fd)
-            raise
 
     def unlock(self, kind: str, name: str, hold: Hold) -> None:
         os.close(hold.fd)
@@ -6303,11 +6315,11 @@ def message_row(message: Message) -> Dict[str, Any]:
 
 def message_of(row: Mapping[str, Any]) -> Message:
     """The message of such a JSON object. KeyError or TypeError if it is none."""
-    return Message(row["role"], tuple(PART_KINDS[p["kind"]](**{k: v for k, v in p.items() if k != "kind"}) for p in row["parts"]), row["name"])
+    return Message(row["role"], tuple(PART_KINDS[p["kind"]](**{k: v for k, v in p.items() if k != "kind"}) for p in row["parts"]), row.get("name", ""))
 
 
 PART_KINDS: Dict[str, Any] = {"text": TextPart, "image": ImagePart, "call": CallPart, "result": ResultPart}
-SESSION_SHAPE = {"id": str, "owner": str, "created": float, "used": float, "messages": [{"role": str, "name": str, "parts": [dict]}],
+SESSION_SHAPE = {"id": str, "owner": str, "created": float, "used": float, "messages": [{"role": str, "name?": str, "parts": [dict]}],
                  "checkpoints?": [{"turns": [int], "hash": str, "summary": str, "tokens": [int], "model": str}], "*": lambda *_: None}
 MAX_CHECKPOINTS = 8         # of a conversation that are remembered; the newest are what it goes on with
 

@@ -1403,7 +1403,7 @@ MISTAKES = [
     ({"provider": {}}, "$.provider: is not a setting; expected one of defaults, providers, routes, version"),
     ({"providers": []}, "$.providers: expected an object, found []"),
     (patch("claude", binary=5), "$.providers.claude.binary: expected a string, found 5"),
-    (patch("claude", bynary="x"), "$.providers.claude.bynary: is not a setting; expected one of args, binary, breaker, derive,"),
+    (patch("claude", bynary="x"), "$.providers.claude.bynary: is not a setting; expected one of args, binary, breaker, context, derive,"),
     (patch("claude", slots=True), "$.providers.claude.slots: expected a whole number, found true"),
     (patch("claude", slots=1.5), "$.providers.claude.slots: expected a whole number, found 1.5"),
     (patch("claude", timeouts={"first": "soon"}), '$.providers.claude.timeouts.first: expected a number, found "soon"'),
@@ -3081,7 +3081,7 @@ def test_a_write_that_fails_leaves_the_old_state_and_nothing_else(store, tmp_pat
     assert store.load("sessions", "a")["n"] == 1 and os.listdir(tmp_path / "state" / "sessions") == ["a.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"version": 1, "n": 1', "[]", "null", '{"n": 1}', '{"version": 1}', '{"version": "1", "expires": 9e9}', '{"version": 1, "expires": Infinity}', "[" * 100000, "\xff"])
+@pytest.mark.parametrize("text", ["", "{", '{"version": 1, "n": 1', "[]", "null", '{"n": 1}', '{"version": "1", "expires": 9e9}', '{"version": 1, "expires": Infinity}', "[" * 100000, "\xff"])
 def test_a_damaged_state_is_set_aside_with_a_line_in_the_log(tmp_path, text):
     log, rows = noted()
     store = cliproxy.FileStore(str(tmp_path), log)
@@ -3152,6 +3152,25 @@ def test_every_acknowledged_turn_is_there_after_a_kill_at_each_system_call_of_a_
         os.utime(path, (0, 0))
     store.tidy()
     assert [p.name for p in (tmp_path / "state" / "sessions").iterdir() if ".new-" in p.name] == [p.name for p in old[:1]] and store.load("sessions", "a")["turns"] == turns
+
+
+def test_locks_of_sessions_that_are_no_more_are_removed_and_no_lock_is_held_twice_by_that(store, tmp_path):
+    folder = tmp_path / "state" / "sessions"
+    hold, _ = held(store, "a")
+    other, _ = held(store, "b")
+    store.save("sessions", "b", {}, 60)
+    store.unlock("sessions", "b", other)
+    store.tidy()
+    assert sorted(p.name for p in folder.iterdir()) == ["a.lock", "b.json", "b.lock"], "a is held, b is there"
+    store.unlock("sessions", "a", hold)
+    store.tidy()
+    assert sorted(p.name for p in folder.iterdir()) == ["b.json", "b.lock"]
+    hold, _ = held(store, "a")
+    os.unlink(folder / "a.lock")                    # as if tidied away between its opening and its locking
+    second, _ = held(store, "a")
+    assert not os.path.samestat(os.fstat(hold.fd), os.fstat(second.fd))
+    store.unlock("sessions", "a", hold)
+    store.unlock("sessions", "a", second)
 
 
 def held(store, name="a", wait=True, limits=None):
@@ -5525,6 +5544,11 @@ def test_a_session_that_is_damaged_is_begun_anew_and_one_of_the_future_left_alon
     assert [m["content"] for m in proxy.request("GET", "/sessions/a").json["messages"]] == ["two", "".join(HELLO)]
     answered = in_session(proxy, "b", "two")
     assert answered.error == (503, "server_error", "state_unavailable", None) and "newer cliproxy" in answered.message
+    old = os.path.join(folder, cliproxy.state_name("", "old") + ".json")
+    with open(old, "w") as f:                       # of a version before there were names, checkpoints and an expiry
+        json.dump({"version": 0, "id": "old", "owner": "", "created": 1.0, "used": 2.0, "messages": [{"role": "user", "parts": [{"kind": "text", "text": "long ago"}]}]}, f)
+    assert in_session(proxy, "old", "now").status == 200
+    assert [m["content"] for m in proxy.request("GET", "/sessions/old").json["messages"]] == ["long ago", "now", "".join(HELLO)]
     with open(b) as f:
         assert json.load(f) == future
 
