@@ -8,8 +8,8 @@
 
 One way through the file, and it is the order of its sections:
 
-    socket -> Dialect.parse -> Request -> Router -> Driver or Talk -> Child      (bytes to the CLI)
-    socket <- Dialect.frames <- Event, Event, ... Done <- Driver or Talk <- Child  (lines from the CLI)
+    socket -> Dialect.parse -> Request -> Sessions -> Router -> Driver or Talk -> Child      (bytes to the CLI)
+    socket <- Dialect.frames <- Event, Event, ... Done <- Driver or Talk <- Child              (lines from the CLI)
 
 The words used here, one for each thing:
     provider   a CLI with its settings, an entry of providers.json
@@ -17,6 +17,10 @@ The words used here, one for each thing:
     driver     a way to talk to a CLI (jsonl: a JSON object a line; text: a terminal; acp and others: one that stays)
     strategy   a driver with the flags and rules one provider needs for it; best first
     turn       a request at one provider, and its answer
+    route      a model name and its cascade;  cascade: the candidates, each a model at a provider, in the order of asking
+    attempt    a candidate's try at an answer;  failover: the next candidate is asked;  seam: where another attempt went on
+    breaker    the circuit breaker of a candidate: closed, open, half-open (then one request, the probe, goes through)
+    session    a conversation that the server keeps;  checkpoint: the summary of its older turns;  store: where state is kept
     event      a piece of the answer: Text, Thinking, Usage, Done
     frame      one SSE message;  chunk: one HTTP chunk;  delta: the JSON field
     line       a str without its newline
@@ -1461,19 +1465,19 @@ def load_providers(config: Mapping[str, Any]) -> Dict[str, Provider]:
 
 
 def load_routes(config: Mapping[str, Any], flags: Sequence[str]) -> Dict[str, List[str]]:
-    """{model name or wildcard: its cascade} of the configuration and of --route NAME=STEPS; the flags count first."""
+    """{model name or wildcard: its cascade} of the configuration and of --route NAME=CASCADE; the flags count first."""
     gone = json.loads(BUILTIN_PROVIDERS)["providers"].keys() - config["providers"].keys()      # taken away by a file: no mistake in a built-in route
-    routes = {name: [step for step in steps if step.partition("/")[0] not in gone] for name, steps in config.get("routes", {}).items()}
-    routes = {name: steps for name, steps in routes.items() if steps}
+    routes = {name: [candidate for candidate in cascade if candidate.partition("/")[0] not in gone] for name, cascade in config.get("routes", {}).items()}
+    routes = {name: cascade for name, cascade in routes.items() if cascade}
     for flag in flags:
-        name, equals, steps = flag.partition("=")
+        name, equals, cascade = flag.partition("=")
         if not name.strip() or not equals:
-            raise ConfigError(f"--route {flag}: expected NAME=STEPS such as gpt-4o=claude/sonnet,gemini")
-        routes[name.strip()] = [step.strip() for step in steps.split(",")]
-    for name, steps in routes.items():
-        for step in steps:
-            if not known_model(config["providers"], step):
-                raise ConfigError(f"the route {name}: expected a provider, provider/model or a model that one of them lists, found {_show(step)}; "
+            raise ConfigError(f"--route {flag}: expected NAME=CASCADE such as gpt-4o=claude/sonnet,gemini")
+        routes[name.strip()] = [candidate.strip() for candidate in cascade.split(",")]
+    for name, cascade in routes.items():
+        for candidate in cascade:
+            if not known_model(config["providers"], candidate):
+                raise ConfigError(f"the route {name}: expected a provider, provider/model or a model that one of them lists, found {_show(candidate)}; "
                                   f"the providers are {', '.join(config['providers'])}")
     return routes
 
@@ -4460,7 +4464,7 @@ LOCK_SECONDS = 60.0                         # a lock outlives a proxy that was k
 FENCE_MS = 86400 * 1000
 POLL_FIRST, POLL_LONGEST = 0.02, 0.1        # seconds between the looks of one that waits for a lock
 MAX_CONNECTIONS, IDLE_CONNECTION = 16, 30.0     # seconds; a firewall forgets an idle connection without a word, after minutes
-MAX_LINE = 8192                             # bytes; what is long comes as a bulk string
+MAX_REPLY_LINE = 8192                       # bytes; what is long comes as a bulk string
 NO_RESP = "what answers there does not speak Redis's protocol"
 MAX_TTL = 3650 * 86400.0                    # seconds; Redis refuses an expiry that is out of its range
 
@@ -4561,8 +4565,8 @@ class Replies:
     def _line(self) -> Tuple[bytes, bytes]:
         """(Its first byte, the rest.) What cannot become one is refused at its first byte: an SSH server greets, and then waits."""
         while True:
-            end = self._buffer.find(b"\r\n", 0, MAX_LINE)
-            if self._buffer[:1] not in (b"", b"+", b"-", b":", b"$", b"*") or end < 0 and len(self._buffer) >= MAX_LINE:
+            end = self._buffer.find(b"\r\n", 0, MAX_REPLY_LINE)
+            if self._buffer[:1] not in (b"", b"+", b"-", b":", b"$", b"*") or end < 0 and len(self._buffer) >= MAX_REPLY_LINE:
                 raise ConnectionError(NO_RESP)
             if end > 0:
                 line = bytes(self._buffer[:end])
@@ -4829,18 +4833,19 @@ class RedisStore:
         return True
 
     def _extend(self, call: Callable[..., Any]) -> None:
-        """Send what is to be undone, and make every lock that is held last for another lock_seconds."""
+        """Make every lock that is held last for another lock_seconds, and send what is to be undone."""
         with self._changed:
-            undo, self._undo = self._undo, []
-            holds = dict(self._holds)
-        for words in undo:
-            call(*words)
+            undo, holds = list(self._undo), dict(self._holds)
         for hold, keys in holds.items():
             if not call("EVAL", EXTEND, 2, *keys, hold.mark, hold.token, int(self._lock_seconds * 1000), FENCE_MS):
                 with self._changed:
                     lost = self._holds.pop(hold, None)
                 if lost:
                     self._log(level="warning", event="state-lock-lost", store=self._url.at, key=keys[0])
+        for words in undo:
+            call(*words)
+            with self._changed:
+                self._undo.remove(words)            # only now: Redis may be gone again, and the lock would stand until it expires
 
     def _later(self, words: Tuple[Word, ...]) -> None:
         """Have the keeper send this: at once if it has reached Redis anew in the meantime, else when it does."""
@@ -5127,10 +5132,10 @@ class Breakers:
 # === Router ==========================================================================================================
 # One answer out of the providers of a model name:
 #
-#     cascade -> attempt -> breaker -> strategy -> slot -> a process, or a conversation of one that stays     (failover: the next step)
+#     cascade -> attempt -> breaker -> strategy -> slot -> a process, or a conversation of one that stays     (failover: the next one)
 #     client  <- seam taken out <- stop sequences, max_tokens, where the CLI does not do that itself <- events (continuation: once more)
 #
-# Until the first word a failure is invisible: the next step is asked. After it another attempt goes on with what was said.
+# Until the first word a failure is invisible: the next candidate is asked. After it another attempt goes on with what was said.
 
 
 def whole_characters(events: Iterator[Event]) -> Iterator[Event]:
@@ -5339,7 +5344,7 @@ def all_or_nothing(events: Iterator[Event]) -> Iterator[Event]:
 
 
 @dataclass(frozen=True)
-class Step:
+class Candidate:
     """One place of a cascade: a model at a provider; `model` is the CLI's name for it, "" for its own default."""
     provider: Provider
     model: str
@@ -5355,9 +5360,9 @@ class Attempt:
 
     params: {parameter: "native" | "emulated" | "ignored"} for each that the client gave."""
 
-    def __init__(self, step: Step, request: Request, scope: Scope, others: bool = False):
-        self.step, self.turn, self.scope = step, Turn(step.provider, step.model, request), scope
-        self.others = others                                # is there another step to go to?
+    def __init__(self, candidate: Candidate, request: Request, scope: Scope, others: bool = False):
+        self.candidate, self.turn, self.scope = candidate, Turn(candidate.provider, candidate.model, request), scope
+        self.others = others                                # is there another candidate to go to?
         self.strategy: Optional[Strategy] = None
         self.session = ""                                   # a resident's conversation: live, spare or new
         self.params: Dict[str, str] = {}
@@ -5391,12 +5396,12 @@ class Attempt:
 class Answer:
     """An answer on its way: its events, and the attempts at it. Who answers is final once the first word is there, unless it breaks off.
 
-    `attempt` is the one that counts; `tried` are the steps that have been asked, or passed over, with "ok" or the code of the error;
+    `attempt` is the one that counts; `tried` are the candidates that have been asked, or passed over, with "ok" or the code of the error;
     `seams` the places, in characters, at which another attempt went on."""
 
-    def __init__(self, request: Request, steps: Sequence[Step], scope: Scope):
-        self.request, self.steps, self.scope, self.began = request, steps, scope, time.monotonic()
-        self.attempt = Attempt(steps[0], request, scope)        # changed, as all that follows, by the request's own thread only
+    def __init__(self, request: Request, candidates: Sequence[Candidate], scope: Scope):
+        self.request, self.candidates, self.scope, self.began = request, candidates, scope, time.monotonic()
+        self.attempt = Attempt(candidates[0], request, scope)        # changed, as all that follows, by the request's own thread only
         self.asked: List[Attempt] = []
         self.tried: List[Tuple[str, str]] = []
         self.errors: List[ProxyError] = []
@@ -5424,7 +5429,7 @@ class Answer:
     @property
     def route(self) -> str:
         """claude/sonnet=overloaded, gemini/gemini-2.5-pro=ok"""
-        now = [(self.attempt.step.key, "ok")] if self.asked and not self.attempt.over else []
+        now = [(self.attempt.candidate.key, "ok")] if self.asked and not self.attempt.over else []
         return ", ".join(f"{key}={outcome}" for key, outcome in [*self.tried, *now])
 
     def watched(self, events: Iterator[Event]) -> Iterator[Event]:
@@ -5454,7 +5459,7 @@ class Answer:
         self.total = usage
 
 
-MAX_STEPS = 500             # that the ledger has a row for; names of models come from clients
+MAX_CANDIDATES = 500             # that the ledger has a row for; names of models come from clients
 
 
 class Ledger:
@@ -5462,15 +5467,15 @@ class Ledger:
 
     def __init__(self) -> None:
         self.since, self._lock = int(time.time()), threading.Lock()
-        self._steps: Dict[str, Dict[str, Any]] = {}
+        self._rows: Dict[str, Dict[str, Any]] = {}
         self._keys: Dict[str, Dict[str, int]] = {}
         self._limits: Dict[str, Dict[str, Limit]] = {}      # provider -> window -> the latest
 
     def attempt(self, key: str, usage: Usage, outcome: str) -> None:
         """One provider/model was asked once; outcome: ok, cancelled or an error's code."""
         with self._lock:
-            key = key if key in self._steps or len(self._steps) < MAX_STEPS else key.partition("/")[0] + "/other"
-            row = self._steps.setdefault(key, {"requests": 0, "outcomes": {}})
+            key = key if key in self._rows or len(self._rows) < MAX_CANDIDATES else key.partition("/")[0] + "/other"
+            row = self._rows.setdefault(key, {"requests": 0, "outcomes": {}})
             row["outcomes"][outcome] = row["outcomes"].get(outcome, 0) + 1
             self._add(row, usage)
 
@@ -5503,9 +5508,9 @@ class Ledger:
     def table(self) -> Dict[str, Any]:
         """{since, providers: {name: {models: {...}, limits: [...]}}, keys: {...}}, counts of requests and of tokens."""
         with self._lock:
-            steps, keys, names = json.loads(json.dumps(self._steps)), dict(self._keys), list(self._limits)
+            candidates, keys, names = json.loads(json.dumps(self._rows)), dict(self._keys), list(self._limits)
         providers: Dict[str, Any] = {}
-        for key, row in steps.items():
+        for key, row in candidates.items():
             name, _, model = key.partition("/")
             providers.setdefault(name, {"models": {}, "limits": []})["models"][model] = row
         for name in names:
@@ -5601,16 +5606,16 @@ class Router:
         rows += [(name, "cliproxy") for name in self._routes if "*" not in name and any(provider.name in usable for provider, _ in self._found(self._routes[name])[0])]
         return list({name: (name, owner) for name, owner in reversed(rows)}.values())[::-1]
 
-    def cascade(self, model: str) -> List[Step]:
-        """The steps of a model name, those that are known to be logged out last. ModelNotFound if nobody here can serve it.
+    def cascade(self, model: str) -> List[Candidate]:
+        """The candidates of a model name, those that are known to be logged out last. ModelNotFound if nobody here can serve it.
 
         A name is looked for among the routes, the providers' own names and models, the wildcards of routes (the longest that
         fits), the wildcards of providers; "*" is the route of all others."""
         found, missing = self._found(self._route(model) or [model])
         if missing and not found:
             raise missing
-        steps = [Step(provider, name or self._default_model(provider)) for provider, name in found]
-        return sorted({step.key: step for step in steps}.values(), key=lambda step: self.logged_in.get(step.provider.name) is False)
+        candidates = [Candidate(provider, name or self._default_model(provider)) for provider, name in found]
+        return sorted({candidate.key: candidate for candidate in candidates}.values(), key=lambda candidate: self.logged_in.get(candidate.provider.name) is False)
 
     def _found(self, names: Sequence[str]) -> Tuple[List[Tuple[Provider, str]], Optional[ModelNotFound]]:
         """(what resolve() makes of those names whose provider is installed, why the first that is not is missing)."""
@@ -5680,32 +5685,32 @@ class Router:
         return answer
 
     def _down_the_cascade(self, answer: Answer) -> Iterator[Event]:
-        """Failover: until the first word the next step is asked at once when one fails. Continuation: after it another attempt is
+        """Failover: until the first word the next candidate is asked at once when one fails. Continuation: after it another attempt is
         given the conversation and what was said of the answer, and goes on from there."""
-        left, broke, again = deque(answer.steps), None, set()     # type: Tuple[deque, Optional[ProxyError], Set[str]]
+        left, broke, again = deque(answer.candidates), None, set()     # type: Tuple[deque, Optional[ProxyError], Set[str]]
         while left:
             before = answer.progress
             try:
                 yield from self._try(answer, self._next(left), left)
                 return self.ledger.answered(answer.request.key_id, answer.usage)
             except ProxyError as e:
-                step, answer.failed_at = answer.attempt.step, time.monotonic()
+                candidate, answer.failed_at = answer.attempt.candidate, time.monotonic()
                 if answer.progress != before:       # it broke off; one that has come to nothing leaves the text as it was
                     broke = e
                     if not self._may_go_on(answer, e):
                         raise
-                    if e.same_provider and not (step.key in again and left):
-                        again.add(step.key)
-                        left.appendleft(step)
+                    if e.same_provider and not (candidate.key in again and left):
+                        again.add(candidate.key)
+                        left.appendleft(candidate)
                 elif not broke and not e.next_provider:
                     raise
         raise broke or self._most_useful(answer)
 
-    def _next(self, left: deque) -> Step:
-        """The first step with a free slot, taken out; if none has one, the first."""
-        step = next((s for s in left if self._slots[s.provider.name, self._strategies(s.provider)[0].driver].free), left[0])
-        left.remove(step)
-        return step
+    def _next(self, left: deque) -> Candidate:
+        """The first candidate with a free slot, taken out; if none has one, the first."""
+        candidate = next((s for s in left if self._slots[s.provider.name, self._strategies(s.provider)[0].driver].free), left[0])
+        left.remove(candidate)
+        return candidate
 
     def _may_go_on(self, answer: Answer, error: ProxyError) -> bool:
         """Can another attempt go on with an answer that broke off? Not if it is to be JSON: no second beginning could be joined to it."""
@@ -5721,12 +5726,12 @@ class Router:
         params = {**request.params, "max_tokens": max(1, most - estimate_tokens(said))} if most else request.params
         return replace(request, params=params, messages=(*request.messages, Message("assistant", (TextPart(said),)), Message("user", (TextPart(CONTINUE),))))
 
-    def _try(self, answer: Answer, step: Step, left: deque) -> Iterator[Event]:
-        """One step of the cascade, or, if it is slow and has a hedge, it and the next one."""
-        if step.provider.row["hedge_ms"] and left and not any(answer.progress):
-            yield from self._hedged(answer, step, left, step.provider.row["hedge_ms"] / 1000)
+    def _try(self, answer: Answer, candidate: Candidate, left: deque) -> Iterator[Event]:
+        """One candidate of the cascade, or, if it is slow and has a hedge, it and the next one."""
+        if candidate.provider.row["hedge_ms"] and left and not any(answer.progress):
+            yield from self._hedged(answer, candidate, left, candidate.provider.row["hedge_ms"] / 1000)
             return
-        attempt = Attempt(step, self._continued(answer), answer.scope, bool(left))
+        attempt = Attempt(candidate, self._continued(answer), answer.scope, bool(left))
         answer.attempt, at = attempt, len("".join(answer.said))
         answer.asked.append(attempt)
         with _closing(self._attempt(answer, attempt)) as events:
@@ -5742,7 +5747,7 @@ class Router:
 
     def _attempt(self, answer: Answer, attempt: Attempt) -> Iterator[Event]:
         """What one provider answers, its circuit breaker before it, and what came of it noted."""
-        key, provider, outcome, spoke = attempt.step.key, attempt.step.provider, "open", False
+        key, provider, outcome, spoke = attempt.candidate.key, attempt.candidate.provider, "open", False
         admission = Admission(0.0)
         try:
             admission = self.breakers.admit(key)
@@ -5774,7 +5779,7 @@ class Router:
 
     def _note_failure(self, attempt: Attempt, admission: Admission, error: ProxyError, spoke: bool) -> None:
         """Tell the circuit breaker of it, and the log, unless it is the answer itself, which is logged anyway."""
-        key, provider = attempt.step.key, attempt.step.provider
+        key, provider = attempt.candidate.key, attempt.candidate.provider
         if isinstance(error, ProviderError) and error.counts:
             error.retry_after = self.ledger.exact(provider.name, error.retry_after) if error.opens else error.retry_after
             self.breakers.failed(key, admission, error, provider.breaker)
@@ -5791,15 +5796,15 @@ class Router:
             limits["first"] = min(limits.get("first", limits["failover"]), limits["failover"])
         return limits
 
-    def _hedged(self, answer: Answer, step: Step, left: deque, seconds: float) -> Iterator[Event]:
-        """If the first attempt has no word after so many seconds, the next step is asked as well, and one more for each that fails
+    def _hedged(self, answer: Answer, candidate: Candidate, left: deque, seconds: float) -> Iterator[Event]:
+        """If the first attempt has no word after so many seconds, the next candidate is asked as well, and one more for each that fails
         from then on; who speaks first is the answer, the others are cancelled, and may be asked again should it break off."""
         arrived: queue.Queue = queue.Queue(maxsize=8)
         pullers: Dict[Attempt, Puller] = {}
         first, winner, due = None, None, time.monotonic() + seconds       # type: Tuple[Optional[Attempt], Optional[Attempt], Optional[float]]
         with contextlib.ExitStack() as scopes, contextlib.ExitStack() as stops:     # a scope is closed when what it is for has stopped
             stops.callback(Puller.stop_all, pullers)
-            waiting = {self._start(answer, step, left, scopes, pullers, arrived)}
+            waiting = {self._start(answer, candidate, left, scopes, pullers, arrived)}
             first = answer.attempt = next(iter(waiting))
             while True:
                 try:
@@ -5821,15 +5826,15 @@ class Router:
                     due = None
                     for other in waiting - {winner}:
                         pullers[other].cancel()
-                        left.append(other.step)
+                        left.append(other.candidate)
                 if attempt is winner and item is None:
                     return
                 if attempt is winner or isinstance(item, Waiting):
                     yield item
 
-    def _start(self, answer: Answer, step: Step, left: deque, scopes: contextlib.ExitStack, pullers: Dict[Attempt, Puller], arrived: queue.Queue) -> Attempt:
-        """Have a step asked by a thread of its own."""
-        attempt = Attempt(step, answer.request, answer.scope.twin(scopes), bool(left))
+    def _start(self, answer: Answer, candidate: Candidate, left: deque, scopes: contextlib.ExitStack, pullers: Dict[Attempt, Puller], arrived: queue.Queue) -> Attempt:
+        """Have a candidate asked by a thread of its own."""
+        attempt = Attempt(candidate, answer.request, answer.scope.twin(scopes), bool(left))
         answer.asked.append(attempt)
         pullers[attempt] = Puller(attempt, self._attempt(answer, attempt), attempt.scope, arrived)
         return attempt
@@ -5841,7 +5846,7 @@ class Router:
         best = min(errors, key=lambda e: (next((i for i, cls in enumerate(USEFUL) if isinstance(e, cls)), len(USEFUL)), e.retry_after is None, e.retry_after))
         if len(errors) == 1:
             return best
-        what = f"none of the {len(answer.steps)} providers of `{answer.request.model}` could answer" if len(answer.steps) > 1 else best.what
+        what = f"none of the {len(answer.candidates)} providers of `{answer.request.model}` could answer" if len(answer.candidates) > 1 else best.what
         error = type(best)(what, "; ".join(dict.fromkeys(e.what + (f": {e.why}" if e.why else "") for e in errors)), best.do, param=best.param, code=best.code,
                            retry_after=min((e.retry_after for e in errors if e.retry_after is not None), default=None))
         error.should_retry = best.should_retry
@@ -6391,7 +6396,7 @@ class Sessions:
     @staticmethod
     def _window(answer: Answer) -> Optional[int]:
         """Tokens that all who may be asked can take; None if that is not known of anybody."""
-        return min((window for window in (step.provider.window(step.model) for step in answer.steps) if window is not None), default=None)
+        return min((window for window in (candidate.provider.window(candidate.model) for candidate in answer.candidates) if window is not None), default=None)
 
     def _shorten(self, answer: Answer, row: Dict[str, Any], share: float) -> Generator[Waiting, None, bool]:
         """If the conversation is too long, have its older turns summarised, or use the summary that the row has of them. Returns whether
@@ -6423,7 +6428,7 @@ class Sessions:
                     if isinstance(event, Waiting):
                         yield event
             summary = taken_summary(plan, "".join(part.said))
-            self._log(event="checkpoint", part=f"{i}/{len(pieces)}", turns=f"{plan.first}-{plan.last}", model=part.attempt.step.key,
+            self._log(event="checkpoint", part=f"{i}/{len(pieces)}", turns=f"{plan.first}-{plan.last}", model=part.attempt.candidate.key,
                       ms=round((time.monotonic() - part.began) * 1000))
         return summary
 
@@ -6684,7 +6689,7 @@ class ChatCompletions:
     def frames(self, request: Request, answers: Sequence[Answer], events: Iterator[Tuple[int, Event]]) -> Iterator[bytes]:
         """SSE frames of a streamed answer: a role chunk for each choice, one kind of delta in a chunk, one finish reason, usage last;
         a comment if who answered is not who the headers, which are just out, have named."""
-        told = [answer.attempt.step for answer in answers]
+        told = [answer.attempt.candidate for answer in answers]
         base = {"id": "chatcmpl-" + uuid.uuid4().hex, "object": "chat.completion.chunk", "created": int(time.time()), "model": request.model}
         if request.stream_usage:
             base["usage"] = None
@@ -6704,8 +6709,8 @@ class ChatCompletions:
                 yield chunk(index, {}, event.reason)
         if request.stream_usage:
             yield self._frame({**base, "choices": [], "usage": self.usage(answers)})
-        for answer, step in zip(answers, told):
-            if answer.seams or answer.attempt.step is not step:     # too late for a header
+        for answer, candidate in zip(answers, told):
+            if answer.seams or answer.attempt.candidate is not candidate:     # too late for a header
                 at = f" at={','.join(map(str, answer.seams))}" if answer.seams else ""
                 yield f": cliproxy seams={len(answer.seams)}{at} tried={answer.route}\n\n".encode()
         yield b"data: [DONE]\n\n"
@@ -8038,7 +8043,7 @@ def argument_parser() -> argparse.ArgumentParser:
     serve.add_argument("--allow-host", metavar="NAME", action="append", default=[], help="answer to this Host header too, such as a tunnel's name (repeatable)")
     serve.add_argument("--cors-origin", metavar="ORIGIN", action="append", default=[], help="let web pages of this origin in; * is all (repeatable)")
     serve.add_argument("--strict", action="store_true", help="answer 400 to a parameter that the provider cannot honour, instead of ignoring it")
-    serve.add_argument("--route", metavar="NAME=STEPS", action="append", default=[], help="a model name and who is asked for it, one after the other: "
+    serve.add_argument("--route", metavar="NAME=CASCADE", action="append", default=[], help="a model name and who is asked for it, one after the other: "
                        "providers or provider/model, with commas between (repeatable)")
     serve.add_argument("--hedge-ms", metavar="MS", type=float, default=None, help="ask the next provider of a route too when there is no word after so long (default: never)")
     serve.add_argument("--no-continue", action="store_true", help="end an answer that broke off with an error, instead of having it continued")

@@ -3130,7 +3130,7 @@ def write_and_die(store, calls, told):
 
 def test_every_acknowledged_turn_is_there_after_a_kill_at_each_system_call_of_a_write(store, tmp_path):
     kept = 0
-    for number in range(124):
+    for number in range(62):
         here, told = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -3146,7 +3146,7 @@ def test_every_acknowledged_turn_is_there_after_a_kill_at_each_system_call_of_a_
         turns = row["turns"] if row else []
         assert turns == list(range(len(turns))) and acknowledged <= len(turns) <= acknowledged + 1
         kept = len(turns)
-    assert kept > 124
+    assert kept > 62
     old = [p for p in (tmp_path / "state" / "sessions").iterdir() if ".new-" in p.name]
     for path in old[1:]:
         os.utime(path, (0, 0))
@@ -3785,6 +3785,30 @@ def test_an_unlock_that_fails_when_redis_is_back_already_is_made_up_for_at_once(
         eventually("it is unlocked, long before the keeper's next round", lambda: server.cli("EXISTS", "cliproxy:lock:sessions:a") == "0")
 
 
+def test_an_unlock_that_fails_twice_is_made_up_for_when_redis_is_back(redis):
+    server = redis()
+    with opened(url_of(server.port), lock_seconds=3) as (store, _):
+        hold, call, left = hold_of(store, "a"), store._call, [2]
+
+        def lost(*words):
+            if left[0]:
+                left[0] -= 1
+                raise cliproxy.StateUnavailable("the reply was lost")
+            return call(*words)
+        store._call = lost
+        store.unlock("sessions", "a", hold)
+        eventually("the keeper has sent it", lambda: store._undo == [] and left == [0])
+        assert server.cli("EXISTS", "cliproxy:lock:sessions:a") == "0"
+
+
+def test_no_name_of_the_module_is_bound_twice():
+    with open(SCRIPT, encoding="utf-8") as f:
+        body = ast.parse(f.read()).body
+    names = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    names += [x.id for n in body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in (n.targets if isinstance(n, ast.Assign) else [n.target]) for x in ast.walk(t) if isinstance(x, ast.Name)]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_redis_killed_and_restarted_under_twenty_threads_loses_no_saved_step_and_keeps_them_apart(redis):
     server, inside, done, failed = redis("--appendonly", "yes", "--appendfsync", "always"), threading.Lock(), [], []
     over = threading.Event()
@@ -4313,12 +4337,12 @@ def routed(router):
     ("o3-mini", "codex/gpt-5.5 claude/opus gemini/gemini-2.5-pro"), ("claude-3-5-sonnet-20241022", "claude/sonnet"), ("claude-3-opus-latest", "claude/opus"), ("claude-sonnet-4-5", "claude/claude-sonnet-4-5"),
     ("gemini-1.5-pro", "gemini/gemini-2.5-pro"), ("gemini-2.0-flash", "gemini/gemini-2.5-flash"), ("auto", "claude/sonnet codex/gpt-5.5 gemini/gemini-2.5-pro")])
 def test_a_model_name_is_a_cascade_of_those_who_are_here(routed, model, steps):
-    assert " ".join(step.key for step in routed.cascade(model)) == steps
+    assert " ".join(candidate.key for candidate in routed.cascade(model)) == steps
 
 
 def test_who_is_known_to_be_logged_out_is_asked_last(routed):
     routed.logged_in.update(claude=False, gemini=True)
-    assert [step.key for step in routed.cascade("auto")] == ["codex/gpt-5.5", "gemini/gemini-2.5-pro", "claude/sonnet"]
+    assert [candidate.key for candidate in routed.cascade("auto")] == ["codex/gpt-5.5", "gemini/gemini-2.5-pro", "claude/sonnet"]
 
 
 def test_routes_that_somebody_can_serve_are_models(routed):
@@ -4329,7 +4353,7 @@ def test_routes_that_somebody_can_serve_are_models(routed):
 
 
 @pytest.mark.parametrize("flag, words", [
-    ("x", "--route x: expected NAME=STEPS such as gpt-4o=claude/sonnet,gemini"), ("=claude", "--route =claude: expected NAME"), ("x=", 'the route x: expected a provider, provider/model or a model that one of them lists, found ""'),
+    ("x", "--route x: expected NAME=CASCADE such as gpt-4o=claude/sonnet,gemini"), ("=claude", "--route =claude: expected NAME"), ("x=", 'the route x: expected a provider, provider/model or a model that one of them lists, found ""'),
     ("x=claude,", "the route x: expected"), ("x=claude,other/y", 'the route x: expected a provider, provider/model or a model that one of them lists, found "other/y"; the providers are claude, gemini, codex, qwen, echo'),
     ("x=gemini/-x", "the route x: expected"), ("x=auto", 'the route x: expected a provider, provider/model or a model that one of them lists, found "auto"')])
 def test_a_route_to_nobody_is_a_mistake(flag, words):
@@ -4705,16 +4729,15 @@ PASSED_ON = [
     ([["kill", 9]], "provider_crashed"), ([["exit", 0]], "provider_crashed")]
 
 
-@pytest.mark.parametrize("steps, code", PASSED_ON, ids=[f"{code}-{i}" for i, (_, code) in enumerate(PASSED_ON)])
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("steps, code, stream", [(*row, i % 2 == 0) for i, row in enumerate(PASSED_ON)], ids=[f"{code}-{i}" for i, (_, code) in enumerate(PASSED_ON)])
 def test_a_failure_before_the_first_word_is_not_seen_if_another_provider_answers(proxy, steps, code, stream):
     proxy.play("claude", *steps)
-    before = len(proxy.lines("method=POST"))
+    before = len(proxy.lines("path=/v1/chat/completions"))
     answered = proxy.ask("two", stream=stream)
     assert (said(answered.frames)[0][0] if stream else answered.text) == "".join(HELLO)
     assert [answered.headers["x-cliproxy-" + h] for h in ("provider", "model", "attempts", "tried")] == ["gemini", "gemini-2.5-pro", "2", f"claude/sonnet={code}, gemini/gemini-2.5-pro=ok"]
     assert re.search(r"failover;dur=\d", answered.headers["Server-Timing"])
-    line = eventually("it is logged", lambda: proxy.lines("method=POST")[before:])[-1]
+    line = eventually("it is logged", lambda: proxy.lines("path=/v1/chat/completions")[before:])[-1]
     assert f'tried="claude/sonnet={code}, gemini/gemini-2.5-pro=ok" failover_ms=' in line
 
 
@@ -4855,9 +4878,9 @@ def test_only_numbers_are_taken_for_limits(line, limits):
 
 def test_the_ledger_has_rows_for_so_many_models_only():
     ledger = cliproxy.Ledger()
-    for i in range(cliproxy.MAX_STEPS + 10):
+    for i in range(cliproxy.MAX_CANDIDATES + 10):
         ledger.attempt(f"claude/{i}", Usage(1, 1), "ok")
-    assert len(ledger.table()["providers"]["claude"]["models"]) == cliproxy.MAX_STEPS + 1 and ledger.table()["providers"]["claude"]["models"]["other"]["requests"] == 10
+    assert len(ledger.table()["providers"]["claude"]["models"]) == cliproxy.MAX_CANDIDATES + 1 and ledger.table()["providers"]["claude"]["models"]["other"]["requests"] == 10
 
 
 def test_the_ledger_knows_the_limits_that_still_hold():
@@ -5189,7 +5212,7 @@ def pairs(turns):
     return orphans, len(open_calls)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(25))
 def test_what_goes_out_fits_and_holds_what_it_has_to_as_it_was(seed):
     choose = random.Random(seed)
     budget = choose.choice([4000, 16000])
@@ -5224,7 +5247,7 @@ def test_what_goes_out_fits_and_holds_what_it_has_to_as_it_was(seed):
     assert plan.hash == cliproxy.turns_hash(turns[plan.first - 1:plan.last])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_growing_conversation_is_summarised_now_and_then_each_turn_once(seed):
     choose = random.Random(seed)
     whole, budget, known, asked, planned, covered = random_conversation(choose, 40000, long=0), 8000, [], [], 0, 0
@@ -6401,7 +6424,7 @@ def test_what_systemd_would_interpret_is_written_so_that_it_does_not(text, word,
     (["--api-key", "k"], "a unit can be read by others: set CLIPROXY_API_KEY in its environment file instead of --api-key"),
     (["--state", "redis://:secret@db/0"], "a unit can be read by others: set CLIPROXY_STATE in its environment file instead of a --state with a password"),
     (["--providers", "mine.json"], "--providers mine.json: a service has no directory of its own, so write /"), (["--drain", "-1"], "--drain must not be negative, found -1"),
-    (["--route", "x"], "--route x: expected NAME=STEPS"), (["--providers", "/nonexistent.json"], "/nonexistent.json cannot be read")])
+    (["--route", "x"], "--route x: expected NAME=CASCADE"), (["--providers", "/nonexistent.json"], "/nonexistent.json cannot be read")])
 def test_a_unit_that_would_not_start_is_not_printed(flags, words):
     status, text, errors = called("deploy", "systemd", "--", *flags)
     assert (status, text) == (2, "") and errors.startswith("cliproxy: " + words) and errors.count("\n") == 1 and "secret" not in errors
