@@ -4326,9 +4326,11 @@ class FileStore:
         """Keep what is there under another name, because it makes no sense."""
         path = self._path(kind, name)
         aside = f"{path}.damaged-{int(time.time())}"
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.replace(path, aside)
             self._log(level="warning", event="state-damaged", file=path, why=why, kept_as=aside)
+        except OSError as e:
+            self._log(level="warning", event="state-damaged", file=path, why=why, not_moved=e.strerror)
 
     def save(self, kind: str, name: str, value: Mapping[str, Any], ttl: float, hold: Optional[Hold] = None) -> None:
         """Replace the object; it is gone after `ttl` seconds. StateUnavailable if that cannot be."""
@@ -4378,14 +4380,16 @@ class FileStore:
     def tidy(self) -> None:
         """Remove sessions whose time is over, the locks of those that are no more, and what writes that were killed have left: files under
         a temporary name that are older than an hour."""
-        for name in self.names("sessions"):
-            with contextlib.suppress(StateUnavailable, StateTooNew):
-                self.load("sessions", name)
+        for kind in ("sessions", "checkpoints"):
+            for name in self.names(kind):
+                with contextlib.suppress(StateUnavailable, StateTooNew):
+                    self.load(kind, name)
         for path in glob.glob(os.path.join(glob.escape(self._directory), "sessions", "*.lock")):
-            fd = None if os.path.exists(path[:-5] + ".json") else self._try_lock(path)
-            if fd is not None:
-                os.unlink(path)             # while we hold it: who waits for it sees that, and makes a new one
-                os.close(fd)
+            with contextlib.suppress(OSError, StateUnavailable):
+                fd = None if os.path.exists(path[:-5] + ".json") else self._try_lock(path)
+                if fd is not None:
+                    os.unlink(path)         # while we hold it: who waits for it sees that, and makes a new one
+                    os.close(fd)
         for path in glob.glob(os.path.join(glob.escape(self._directory), "*", "*.new-*")):
             with contextlib.suppress(OSError):
                 if time.time() - os.stat(path).st_mtime > 3600:
@@ -4421,6 +4425,9 @@ class FileStore:
                     return fd
             except (BlockingIOError, FileNotFoundError):
                 pass
+            except OSError:
+                os.close(fd)
+                raise
             os.close(fd)
             return None
         except OSError as e:
@@ -4657,7 +4664,8 @@ class RedisStore:
     def set_aside(self, kind: str, name: str, why: str, text: Optional[bytes] = None) -> None:
         """Keep what is there (this text, if one is given) under another key, because it makes no sense."""
         key, aside = f"cliproxy:{kind}:{name}", f"cliproxy:damaged:{kind}:{name}:{int(time.time())}"
-        self._call("EVAL", SET_ASIDE, 2, key, aside, text if text is not None else self._call("GET", key) or b"")
+        with contextlib.suppress(StateUnavailable):
+            self._call("EVAL", SET_ASIDE, 2, key, aside, text if text is not None else self._call("GET", key) or b"")
         self._log(level="warning", event="state-damaged", store=self._url.at, key=key, why=why, kept_as=aside)
 
     def tidy(self) -> None:
@@ -4983,6 +4991,7 @@ class Breakers:
 
     def __init__(self, store: Any = None, log: Callable[..., None] = lambda **kw: None, clock: Callable[[], float] = time.monotonic):
         self._store, self._log, self._clock = store, log, clock
+        self._unsaved: Set[str] = set()             # keys whose last save has failed
         self._looked: Dict[str, float] = {}         # where other machines write too: when we have looked last
         self._breakers: Dict[str, Breaker] = {}
         self._lock, self._writing = threading.Lock(), threading.Lock()
@@ -5025,8 +5034,13 @@ class Breakers:
     def _refresh(self, key: str) -> None:
         """Where other machines write too: see every second what has become of it there."""
         if self._store is not None and self._store.shared and self._clock() - self._looked.get(key, -math.inf) >= REFRESH:
+            if len(self._looked) > MAX_BREAKERS:
+                self._looked.clear()
             self._looked[key] = self._clock()
-            self._take_over(state_name(key), key)
+            if key in self._unsaved:            # it has changed here while the store was away
+                self._save(key)
+            else:
+                self._take_over(state_name(key), key)
 
     def admit(self, key: str) -> Admission:
         """Let a request through. Raises what the provider said last if it must not be asked now."""
@@ -5124,7 +5138,9 @@ class Breakers:
                     self._store.delete("breakers", state_name(key))
                 else:
                     self._store.save("breakers", state_name(key), row, MAX_RESET)
+                self._unsaved.discard(key)
             except StateUnavailable as e:
+                self._unsaved.add(key)
                 if not self._store.shared:
                     self._log(level="warning", event="state-unusable", kind="breakers", name=key, why=e.message)
 
@@ -6320,12 +6336,20 @@ def message_row(message: Message) -> Dict[str, Any]:
 
 def message_of(row: Mapping[str, Any]) -> Message:
     """The message of such a JSON object. KeyError or TypeError if it is none."""
+    if not all(isinstance(value, str) for p in row["parts"] for value in p.values()):
+        raise TypeError("the value of a part is no text")
     return Message(row["role"], tuple(PART_KINDS[p["kind"]](**{k: v for k, v in p.items() if k != "kind"}) for p in row["parts"]), row.get("name", ""))
 
 
+def _two_numbers(value: Any, path: str) -> None:
+    check(value, [int], path)
+    if len(value) != 2:
+        raise ConfigError(f"{path}: expected two numbers, found {_show(value)}")
+
+
 PART_KINDS: Dict[str, Any] = {"text": TextPart, "image": ImagePart, "call": CallPart, "result": ResultPart}
-SESSION_SHAPE = {"id": str, "owner": str, "created": float, "used": float, "messages": [{"role": str, "name?": str, "parts": [dict]}],
-                 "checkpoints?": [{"turns": [int], "hash": str, "summary": str, "tokens": [int], "model": str}], "*": lambda *_: None}
+SESSION_SHAPE = {"id": str, "owner": str, "created": _not_negative, "used": _not_negative, "messages": [{"role": str, "name?": str, "parts": [dict]}],
+                 "checkpoints?": [{"turns": _two_numbers, "hash": str, "summary": str, "tokens": [int], "model": str}], "*": lambda *_: None}
 MAX_CHECKPOINTS = 8         # of a conversation that are remembered; the newest are what it goes on with
 
 
@@ -6370,12 +6394,15 @@ class Sessions:
                 earlier = tuple(message_of(m) for m in row["messages"])
                 messages = self._joined(earlier, request.messages)
                 answer.request = replace(request, messages=messages)
-                if self._settings.checkpoint and (yield from self._shorten(answer, row, self._settings.checkpoint)):
+                self._sized(row, messages)
+                if self._settings.checkpoint and (yield from self._shorten(answer, row, self._settings.checkpoint)) and earlier:
                     self._keep(name, row, earlier, hold)
-                for event in events:
-                    if isinstance(event, Done):
-                        self._keep(name, row, (*messages, Message("assistant", (TextPart("".join(answer.said)),))), hold)
-                    yield event
+                with _closing(events):          # before the next request in this session gets its turn
+                    for event in events:
+                        if isinstance(event, Done):
+                            said = "".join(answer.said)
+                            self._keep(name, row, (*messages, Message("assistant", (TextPart(said),) if said else ())), hold)
+                        yield event
             finally:
                 self._store.unlock("sessions", name, hold)
 
@@ -6411,7 +6438,13 @@ class Sessions:
             return False
         summary = plan.summary
         if plan.turns:
-            summary = yield from self._summary(answer, plan)
+            try:
+                summary = yield from self._summary(answer, plan)
+            except ProviderError as e:
+                if window is None or count_tokens(messages) > window:
+                    raise
+                self._log(level="warning", event="checkpoint-failed", why=e.message)        # it fits as it is, for now
+                return False
             row["checkpoints"] = [*row.get("checkpoints", ()), checkpoint_of(plan, summary, self._settings.summary_model or answer.request.model)][-MAX_CHECKPOINTS:]
         answer.request = replace(answer.request, messages=with_summary(messages, plan, summary))
         answer.checkpoint = checkpoint_header(plan, summary)
@@ -6419,14 +6452,15 @@ class Sessions:
 
     def _summary(self, answer: Answer, plan: CheckpointPlan) -> Generator[Waiting, None, str]:
         """Returns the notes on the plan's turns, as the model takes them, piece by piece."""
-        pieces, summary = summary_pieces(plan), plan.summary
+        pieces, summary, quiet = summary_pieces(plan), plan.summary, time.monotonic()
         for i, piece in enumerate(pieces, 1):
             asked = summary_request(plan, piece, summary, self._settings.summary_model or answer.request.model, answer.request.key_id)
             part = self._router.answer(asked, answer.scope)
             with _closing(part.events) as events:
                 for event in events:
-                    if isinstance(event, Waiting):
-                        yield event
+                    if isinstance(event, Waiting) or time.monotonic() - quiet >= self._settings.keepalive:
+                        quiet = time.monotonic()        # to the client it is silence, even while the model writes
+                        yield Waiting()
             summary = taken_summary(plan, "".join(part.said))
             self._log(event="checkpoint", part=f"{i}/{len(pieces)}", turns=f"{plan.first}-{plan.last}", model=part.attempt.candidate.key,
                       ms=round((time.monotonic() - part.began) * 1000))
@@ -6458,22 +6492,27 @@ class Sessions:
 
     @staticmethod
     def _joined(earlier: Tuple[Message, ...], said: Tuple[Message, ...]) -> Tuple[Message, ...]:
-        """The conversation with what the client says now. One that sends all of it each time is understood, too; system messages
-        take the place of the earlier ones."""
-        if earlier and said[:len(earlier)] == earlier:
+        """The conversation with what the client says now. System messages take the place of the earlier ones. A client that sends all of
+        it each time, maybe edited since, is understood: by an answer among what it says, after the first turn of the session."""
+        spoken = lambda messages: tuple(m for m in messages if m.role != "system")       # noqa: E731
+        old, new = spoken(earlier), spoken(said)
+        if not old:
             return said
-        if any(m.role == "system" for m in said):
-            earlier = tuple(m for m in earlier if m.role != "system")
-            return (*(m for m in said if m.role == "system"), *earlier, *(m for m in said if m.role != "system"))
-        return (*earlier, *said)
+        whole = new[:len(old)] == old or (new[0] == old[0] and any(m.role == "assistant" for m in new))
+        told = said if new != said else earlier
+        return said if whole and new != said else (*(m for m in told if m.role == "system"), *(new if whole else (*old, *new)))
 
-    def _keep(self, name: str, row: Mapping[str, Any], messages: Sequence[Message], hold: Hold) -> None:
+    def _sized(self, row: Mapping[str, Any], messages: Sequence[Message]) -> Dict[str, Any]:
+        """The session with these messages, as it is kept. SessionFull if it would be too large."""
         value = {**row, "used": time.time(), "messages": [message_row(m) for m in messages]}
         size = len(json.dumps(value))
         if size > self._settings.max_session:
             raise SessionFull(f"the session {_show(row['id'])} is full", f"with this turn it would have {size} bytes, and the limit is {self._settings.max_session}",
                               "start a new one, or start cliproxy with a larger --max-session-mb")
-        self._store.save("sessions", name, value, self._settings.session_ttl, hold)
+        return value
+
+    def _keep(self, name: str, row: Mapping[str, Any], messages: Sequence[Message], hold: Hold) -> None:
+        self._store.save("sessions", name, self._sized(row, messages), self._settings.session_ttl, hold)
 
     # --- by name ---
 
@@ -6500,8 +6539,22 @@ class Sessions:
         return {"object": "session", "id": row["id"], "created": int(row["created"]), "used": int(row["used"]), "messages": messages}
 
     def delete(self, key_id: str, session: str) -> None:
-        if not self._store.delete("sessions", state_name(key_id, session)):
-            raise self._missing(session)
+        """Remove a session. SessionBusy while a request is in it, which would bring it back."""
+        name = state_name(key_id, session)
+        with Scope({}) as scope:
+            for _ in self._deleting(name, session, scope):
+                pass
+
+    def _deleting(self, name: str, session: str, scope: Scope) -> Iterator[Waiting]:
+        try:
+            hold = yield from self._store.lock("sessions", name, scope, wait=False)
+        except Locked:
+            raise SessionBusy(f"the session {_show(session)} is busy with a request", do="wait for its answer", retry_after=5) from None
+        try:
+            if not self._store.delete("sessions", name):
+                raise self._missing(session)
+        finally:
+            self._store.unlock("sessions", name, hold)
 
     @staticmethod
     def _missing(session: str) -> SessionNotFound:
@@ -6925,7 +6978,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._log_line(path)
 
     def _path(self) -> str:
-        path = urllib.parse.unquote(self.path.partition("?")[0]).rstrip("/")     # SDKs send model names as claude%2Fopus
+        path = urllib.parse.unquote(self.path.partition("?")[0].rstrip("/"))     # SDKs send model names as claude%2Fopus
         return (path[3:] if path == "/v1" or path.startswith("/v1/") else path) or "/"
 
     def _log_line(self, path: str) -> None:
@@ -7039,8 +7092,8 @@ class Handler(BaseHTTPRequestHandler):
     def _session_name(self) -> str:
         """The X-Session-Id header; for "new" one that nobody can guess."""
         name = self.headers.get("X-Session-Id", "").strip()
-        if len(name) > 200 or not name.isprintable():
-            raise BadRequest("X-Session-Id is not a name", "it is over 200 characters long or holds control characters", param="X-Session-Id")
+        if len(name) > 200 or not (name.isascii() and name.isprintable()):
+            raise BadRequest("X-Session-Id is not a name", "it is over 200 characters long, or not of printable ASCII", param="X-Session-Id")
         return "sess_" + uuid.uuid4().hex if name == "new" else name
 
     def _reset_breakers(self, path: str) -> None:
@@ -7700,7 +7753,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port must be between 0 and 65535, found {args.port}")
     for name in ("keepalive", "max_body_mb", "max_connections", "session_ttl", "max_sessions", "max_session_mb"):
-        if getattr(args, name) <= 0:
+        if not 0 < getattr(args, name) < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} must be more than 0, found {getattr(args, name):g}")
     if not 10 <= args.checkpoint_at <= 100:
         raise ConfigError(f"--checkpoint-at must be between 10 and 100 percent, found {args.checkpoint_at:g}")

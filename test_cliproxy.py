@@ -5461,13 +5461,17 @@ def dialog(*texts):
     return tuple(Message("user" if i % 2 == 0 else "assistant", (TextPart(t),)) for i, t in enumerate(texts))
 
 
-SYSTEM = Message("system", (TextPart("Be kind."),))
+SYSTEM, RUDE = Message("system", (TextPart("Be kind."),)), Message("system", (TextPart("Be rude."),))
 
 
 @pytest.mark.parametrize("earlier, said_now, whole", [
     ((), dialog("a"), dialog("a")), (dialog("a", "b"), dialog("c"), dialog("a", "b", "c")), (dialog("a", "b"), dialog("a", "b", "c"), dialog("a", "b", "c")),
     ((SYSTEM, *dialog("a", "b")), dialog("c"), (SYSTEM, *dialog("a", "b", "c"))), (dialog("a", "b"), (SYSTEM, *dialog("c")), (SYSTEM, *dialog("a", "b", "c"))),
-    ((SYSTEM, *dialog("a", "b")), (Message("system", (TextPart("Be rude."),)), *dialog("c")), (Message("system", (TextPart("Be rude."),)), *dialog("a", "b", "c")))])
+    ((SYSTEM, *dialog("a", "b")), (Message("system", (TextPart("Be rude."),)), *dialog("c")), (Message("system", (TextPart("Be rude."),)), *dialog("a", "b", "c"))),
+    # all of it, with another system prompt, without, with one in the middle, edited, the last turn again
+    ((SYSTEM, *dialog("a", "b")), (RUDE, *dialog("a", "b", "c")), (RUDE, *dialog("a", "b", "c"))), ((SYSTEM, *dialog("a", "b")), dialog("a", "b", "c"), (SYSTEM, *dialog("a", "b", "c"))),
+    ((*dialog("a"), SYSTEM, *dialog("a", "b")[1:]), (*dialog("a"), SYSTEM, *dialog("a", "b", "c")[1:]), (*dialog("a"), SYSTEM, *dialog("a", "b", "c")[1:])),
+    (dialog("a", "b", "c", "d"), dialog("a", "b", "other"), dialog("a", "b", "other")), (dialog("a", "b\n"), dialog("a", "b", "c"), dialog("a", "b", "c")), (dialog("a", "b"), dialog("a"), dialog("a", "b") + dialog("a"))])
 def test_what_is_said_now_is_joined_to_what_was_said(earlier, said_now, whole):
     assert cliproxy.Sessions._joined(earlier, said_now) == whole
 
@@ -5546,6 +5550,7 @@ def test_a_session_belongs_to_the_key_that_made_it(serve):
     with proxy.connect() as s:
         s.sendall(as_http({"model": "claude", "stream": True, "messages": [{"role": "user", "content": "y"}]}, "X-Session-Id: mine", "Authorization: Bearer k2"))
         until(s, b'"w"')
+        assert proxy.request("DELETE", "/v1/sessions/mine", headers={"Authorization": "Bearer k2"}).error[2] == "session_busy"
         busy = in_session(proxy, "mine", "z", "k2")
         assert busy.error == (409, "invalid_request_error", "session_busy", None) and busy.retry == ("true", "5")
         proxy.touch("go")
@@ -5561,14 +5566,15 @@ def test_a_session_that_is_damaged_is_begun_anew_and_one_of_the_future_left_alon
         f.truncate(60)
     with open(b) as f:
         future = {**json.load(f), "version": 2}
-    with open(b, "w") as f:
+    with open(b + ".tmp", "w") as f:
         json.dump(future, f)
+    os.replace(b + ".tmp", b)               # start-up may be looking at it
     assert in_session(proxy, "a", "two").status == 200 and len(glob.glob(a + ".damaged-*")) == 1 and len(proxy.lines("event=state-damaged")) == 1
     assert [m["content"] for m in proxy.request("GET", "/sessions/a").json["messages"]] == ["two", "".join(HELLO)]
     answered = in_session(proxy, "b", "two")
     assert answered.error == (503, "server_error", "state_unavailable", None) and "newer cliproxy" in answered.message
     old = os.path.join(folder, cliproxy.state_name("", "old") + ".json")
-    with open(old, "w") as f:                       # of a version before there were names, checkpoints and an expiry
+    with open(old, "w") as f:               # of a version before there were names, checkpoints and an expiry
         json.dump({"version": 0, "id": "old", "owner": "", "created": 1.0, "used": 2.0, "messages": [{"role": "user", "parts": [{"kind": "text", "text": "long ago"}]}]}, f)
     assert in_session(proxy, "old", "now").status == 200
     assert [m["content"] for m in proxy.request("GET", "/sessions/old").json["messages"]] == ["long ago", "now", "".join(HELLO)]
@@ -5640,11 +5646,17 @@ def test_a_session_keeps_its_originals_and_the_summary_of_them(proxy):
 def test_a_summary_that_fails_fails_the_request_and_without_checkpoints_the_service_decides(serve, proxy):
     proxy.play("claude-small", *BUSY)
     assert proxy.ask("claude-small", long_turns(21)).error[2] == "overloaded"
+    proxy.reset().play("claude-small", runs=[BUSY, [*say("fine"), ["end"]]])
+    for path in glob.glob(proxy.path("claude-small.run.*")):
+        os.unlink(path)
+    turns = long_turns(9)                   # more than 70 % of the window, and less than all of it
+    answered = proxy.ask("claude-small", turns, headers={"X-Session-Id": "tight"})
+    assert answered.text == "fine" and answered.headers["x-cliproxy-checkpoint"] is None and len(proxy.lines("event=checkpoint-failed")) == 1
     other = serve(["--no-checkpoint"], clis=["claude"], providers={"claude": one_shot("claude", context={"*": 4000})}, scripts={"claude": {"reveal": True}})
     assert other.ask("claude", long_turns(21)).headers["x-cliproxy-checkpoint"] is None and other.runs("claude") == 1
 
 
-@pytest.mark.parametrize("name", ["x" * 201, "a\tb"])
+@pytest.mark.parametrize("name", ["x" * 201, "a\tb", "k\u00fcche"])
 def test_a_session_has_a_name_that_can_be_shown(proxy, name):
     assert in_session(proxy, name, "x").error == (400, "invalid_request_error", "invalid_value", "X-Session-Id")
     assert in_session(proxy, "many", "x", n=2).error == (400, "invalid_request_error", "invalid_value", "n")
