@@ -7805,6 +7805,9 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider], rout
         router.close()
 
 
+TIDY_EVERY = 86400.0        # seconds between looks at sessions whose time is over
+
+
 def _greet(state: State, warm: bool) -> None:
     """Say what was found, one provider at a time, while the server is answering already; start what stays open; see to old sessions."""
     def say(line: str) -> None:
@@ -7818,6 +7821,8 @@ def _greet(state: State, warm: bool) -> None:
         if ready and warm and not state.stopping.is_set():
             state.router.warm(provider)
     state.sessions.tidy()
+    while not state.stopping.wait(TIDY_EVERY):
+        state.sessions.tidy()
 
 
 def allow_descriptors() -> None:
