@@ -5475,7 +5475,7 @@ class Answer:
         self.total = usage
 
 
-MAX_CANDIDATES = 500             # that the ledger has a row for; names of models come from clients
+MAX_ROWS = 500             # that the ledger has a row for; names of models come from clients
 
 
 class Ledger:
@@ -5490,7 +5490,7 @@ class Ledger:
     def attempt(self, key: str, usage: Usage, outcome: str) -> None:
         """One provider/model was asked once; outcome: ok, cancelled or an error's code."""
         with self._lock:
-            key = key if key in self._rows or len(self._rows) < MAX_CANDIDATES else key.partition("/")[0] + "/other"
+            key = key if key in self._rows or len(self._rows) < MAX_ROWS else key.partition("/")[0] + "/other"
             row = self._rows.setdefault(key, {"requests": 0, "outcomes": {}})
             row["outcomes"][outcome] = row["outcomes"].get(outcome, 0) + 1
             self._add(row, usage)

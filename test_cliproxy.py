@@ -4878,9 +4878,9 @@ def test_only_numbers_are_taken_for_limits(line, limits):
 
 def test_the_ledger_has_rows_for_so_many_models_only():
     ledger = cliproxy.Ledger()
-    for i in range(cliproxy.MAX_CANDIDATES + 10):
+    for i in range(cliproxy.MAX_ROWS + 10):
         ledger.attempt(f"claude/{i}", Usage(1, 1), "ok")
-    assert len(ledger.table()["providers"]["claude"]["models"]) == cliproxy.MAX_CANDIDATES + 1 and ledger.table()["providers"]["claude"]["models"]["other"]["requests"] == 10
+    assert len(ledger.table()["providers"]["claude"]["models"]) == cliproxy.MAX_ROWS + 1 and ledger.table()["providers"]["claude"]["models"]["other"]["requests"] == 10
 
 
 def test_the_ledger_knows_the_limits_that_still_hold():
