@@ -989,9 +989,12 @@ class Proxy(Machine):
         return [p for p in glob.glob(os.path.join(self.folder, "tmp", "*", "*")) if "prepared-" not in p]
 
     def reset(self):
-        """Close every circuit breaker that a test has opened."""
+        """Close every circuit breaker that a test has opened, and wait until that is in the log, whose lines tests count."""
+        before, asked = len(self.lines("path=/admin/breakers")), 1
         for row in self.request("GET", "/admin/breakers").json["data"]:
             assert self.request("POST", f"/admin/breakers/{row['id']}/reset").json == {"reset": [row["id"]]}
+            asked += 1
+        eventually("it is logged", lambda: len(self.lines("path=/admin/breakers")) >= before + asked)
         return self
 
     def settled(self):
