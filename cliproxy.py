@@ -5581,7 +5581,7 @@ USEFUL = (RateLimited, QuotaUsedUp, Busy, ContextLengthExceeded, Overloaded, Pau
           TimedOut, UpstreamFailed, Unreachable, Crashed, ProviderError)
 MAX_SEAMS = 2               # how often an answer that broke off is continued
 # It is to repeat a few words, because only they tell whether the last word was whole, and which white space comes next.
-CONTINUE = "Your answer was cut off. Continue exactly where you stopped: begin with your last few words once more, then go on. Add no preface."
+CONTINUE = "Continue exactly where you stopped: begin with your last few words once more, then go on. Add no preface."
 RESIDENT_BROKEN = 600.0     # seconds until a resident strategy that broke is tried again
 WIRE_NAMES = {"stop_sequences": "stop", "reasoning_effort": "effort", "max_output_tokens": "max_tokens", "max_completion_tokens": "max_tokens"}
 INERT = {"n", "stream", "parallel_tool_calls"}      # given, obeyed by the dialect or without any effect here
