@@ -1135,7 +1135,6 @@ HOLE = re.compile(r"\{(\*?)([a-z_]+)(?::([A-Za-z0-9_./-]+))?(?:\|([^{}]*))?\}")
 PARAMETERS = ("temperature", "top_p", "max_tokens", "stop", "seed", "presence_penalty", "frequency_penalty", "effort",
               "response_format", "logit_bias")
 RESIDENT_DRIVERS, PROCESS_DRIVERS = ("acp", "codex-app-server", "claude-stream"), ("jsonl", "text")    # ways to talk; see WIRES and DRIVERS
-FORMATS = ("anthropic", "gemini", "openai", "responses")
 BREAKER_DEFAULTS = {"failures": 3, "seconds": 10.0, "longest": 1800.0}      # see Breaker
 VARIABLES = {"dir", "self", "python", "uuid", "hop", "env", "file", "found", "prepared", "model", "system", "prompt",
              "transcript", "messages", "history", "last", "new", "schema", "json_mime", "item", "id", "parent", "content", *PARAMETERS,
@@ -4985,7 +4984,7 @@ def _told_to_wait(error: ProviderError) -> ProviderError:
 
 
 class Breakers:
-    """The breakers of all "provider/model"s that have failed of late, kept in a file while they are not closed. For any thread."""
+    """The breakers of all "provider/model"s that have failed of late, kept in a store while they are not closed. For any thread."""
 
     SHAPE = {"key": str, "until": float, "resets": float, "failures": int, "opened": int, "error": {"class": str, "what": str, "why": str, "do": str}, "*": lambda *_: None}
 
@@ -6742,7 +6741,7 @@ class ChatCompletions:
     def frames(self, request: Request, answers: Sequence[Answer], events: Iterator[Tuple[int, Event]]) -> Iterator[bytes]:
         """SSE frames of a streamed answer: a role chunk for each choice, one kind of delta in a chunk, one finish reason, usage last;
         a comment if who answered is not who the headers, which are just out, have named."""
-        told = [answer.attempt.candidate for answer in answers]
+        told = [(answer.attempt.candidate, answer.checkpoint) for answer in answers]
         base = {"id": "chatcmpl-" + uuid.uuid4().hex, "object": "chat.completion.chunk", "created": int(time.time()), "model": request.model}
         if request.stream_usage:
             base["usage"] = None
@@ -6762,10 +6761,11 @@ class ChatCompletions:
                 yield chunk(index, {}, event.reason)
         if request.stream_usage:
             yield self._frame({**base, "choices": [], "usage": self.usage(answers)})
-        for answer, candidate in zip(answers, told):
-            if answer.seams or answer.attempt.candidate is not candidate:     # too late for a header
+        for answer, known in zip(answers, told):
+            if answer.seams or known != (answer.attempt.candidate, answer.checkpoint):      # too late for a header
                 at = f" at={','.join(map(str, answer.seams))}" if answer.seams else ""
-                yield f": cliproxy seams={len(answer.seams)}{at} tried={answer.route}\n\n".encode()
+                checkpoint = f" checkpoint: {answer.checkpoint}" if answer.checkpoint != known[1] else ""
+                yield f": cliproxy seams={len(answer.seams)}{at} tried={answer.route}{checkpoint}\n\n".encode()
         yield b"data: [DONE]\n\n"
 
     def whole(self, request: Request, answers: Sequence[Answer], events: Iterable[Tuple[int, Event]]) -> bytes:

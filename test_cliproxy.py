@@ -3547,24 +3547,13 @@ class RedisServer:
 @pytest.fixture
 def redis(request, tmp_path):
     """Starts redis-servers; ends them."""
-    need_redis(request, "redis-server", "redis-cli")
+    need(request, "redis-server", "redis-cli")
     with contextlib.ExitStack() as stack:
         def start(*options):
             server = RedisServer(tmp_path, *options)
             stack.callback(lambda: server.kill())
             return server
         yield start
-
-
-def need_redis(request, *names):
-    """Skip the test, or fail it, when one of these programs is not there."""
-    missing = [name for name in names if shutil.which(name) is None]
-    if missing and os.environ.get("CLIPROXY_TEST_REAL") == "required":
-        pytest.fail(f"{missing[0]} is not on the PATH, and CLIPROXY_TEST_REAL is `required`")
-    if missing:
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(f"\n{missing[0]} is not on the PATH: {request.node.name} is skipped")
-        pytest.skip(f"{missing[0]} is not on the PATH")
 
 
 def test_what_one_store_saves_another_one_on_the_same_redis_loads(redis):
@@ -3864,7 +3853,7 @@ def test_a_password_of_all_characters_and_a_user_are_accepted(redis):
 
 
 def test_over_tls_the_server_has_to_show_a_certificate_that_is_trusted(request, redis, tmp_path, monkeypatch):
-    need_redis(request, "openssl")
+    need(request, "openssl")
     key, cert = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
     subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -6807,7 +6796,7 @@ def real_path(name):
 
 
 def need(request, *names):
-    """Skip the test, or fail it, when one of these CLIs is not there."""
+    """Skip the test, or fail it, when one of these programs is not there."""
     missing = [name for name in names if real_path(name) is None]
     if missing and os.environ.get("CLIPROXY_TEST_REAL") == "required":
         pytest.fail(f"{missing[0]} is neither on the PATH nor in $CLIPROXY_TEST_CLIS, and CLIPROXY_TEST_REAL is `required`")
