@@ -6495,8 +6495,6 @@ class Sessions:
         it each time, maybe edited since, is understood: by an answer among what it says, after the first turn of the session."""
         spoken = lambda messages: tuple(m for m in messages if m.role != "system")       # noqa: E731
         old, new = spoken(earlier), spoken(said)
-        if not old:
-            return said
         whole = new[:len(old)] == old or (new[0] == old[0] and any(m.role == "assistant" for m in new))
         told = said if new != said else earlier
         return said if whole and new != said else (*(m for m in told if m.role == "system"), *(new if whole else (*old, *new)))

@@ -4018,6 +4018,9 @@ def test_requests_from_before_the_trouble_neither_open_it_further_nor_close_it(b
     breakers.failed("claude/sonnet", before, crash(), SETTINGS)
     breakers.succeeded("claude/sonnet")
     assert states(breakers) == {"claude/sonnet": "open"} and round(refused(breakers).retry_after) == 10
+    clock.now += 10
+    failing(breakers, 1)
+    assert round(refused(breakers).retry_after) == 20, "nor make it forget that it was open"
 
 
 def test_a_probe_that_is_answered_without_a_word_is_answered(breakers, clock):
@@ -4750,6 +4753,12 @@ def test_a_step_that_cannot_carry_the_request_is_passed_over(proxy):
     answered = proxy.ask("pictures", picture)
     assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-tried"] == "claude-text/default=invalid_value, echo/echo=invalid_value, gemini/gemini-2.5-pro=ok"
     assert proxy.runs("claude-text") == 0
+
+
+def test_who_has_logged_in_since_start_up_is_asked_in_turn_again(serve):
+    proxy = serve(["--route", "two=claude,gemini"], clis=["claude", "gemini"], scripts={"claude": {"probes": {"auth status": ["{}", 1]}}}).settled()
+    assert proxy.ask("two").headers["x-cliproxy-provider"] == "gemini"
+    assert proxy.ask("claude").status == 200 and proxy.ask("two").headers["x-cliproxy-provider"] == "claude"
 
 
 def test_three_may_fail_before_the_request_does_and_then_the_error_that_helps_most_is_told(proxy):
