@@ -55,6 +55,7 @@ import datetime
 import errno
 import fcntl
 import fnmatch
+import fractions
 import glob
 import hashlib
 import hmac
@@ -69,6 +70,7 @@ import pwd
 import queue
 import re
 import resource
+import secrets
 import selectors
 import shlex
 import shutil
@@ -128,6 +130,15 @@ Part = Union[TextPart, ImagePart, CallPart, ResultPart]
 
 
 @dataclass(frozen=True)
+class Tool:
+    """A function that the client offers the model; `schema` is the JSON Schema of its arguments, {} if it gave none."""
+    name: str
+    description: str
+    schema: Mapping[str, Any]
+    strict: Optional[bool] = None
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn of a conversation; `role` is system, user, assistant or tool."""
     role: str
@@ -144,8 +155,10 @@ class Request:
     """What a client asked, whatever dialect it came in.
 
     `params` holds what steers the answer, under one name each: temperature, top_p, max_tokens, stop (list of str), seed,
-    effort, response_format, presence_penalty, frequency_penalty, n, tools ...; absent means the client did not say. `session` is the
-    client's name of the session that the messages go on with, "" if they are the whole conversation.
+    effort, response_format, presence_penalty, frequency_penalty, n ...; absent means the client did not say. Of `tools`, tool_choice
+    (none, required, {"name": NAME}; absent: auto) and parallel_tool_calls (False; absent: allowed) are params too. `session` is the
+    client's name of the session that the messages go on with, "" if they are the whole conversation. `old_functions`: it speaks of
+    functions and a function_call, as OpenAI's API did before there were tools.
     """
     model: str
     messages: Tuple[Message, ...]
@@ -154,6 +167,8 @@ class Request:
     stream_usage: bool = False
     key_id: str = ""
     session: str = ""
+    tools: Tuple[Tool, ...] = ()
+    old_functions: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +184,21 @@ class Thinking:
 
 
 @dataclass(frozen=True)
+class Call:
+    """A piece of a tool call: the first of each `index` (0, 1 ...) has id and name, those after it more of the arguments (JSON text)."""
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The words of a model that declined to give what a response_format asked for."""
+    text: str
+
+
+@dataclass(frozen=True)
 class Usage:
     """Tokens as the CLI counted them; None where it did not say. `input` includes `cached`, `output` includes `reasoning`."""
     input: Optional[int] = None
@@ -179,6 +209,9 @@ class Usage:
     def merged(self, later: Usage) -> Usage:
         return Usage(*(new if new is not None else old for old, new in
                        ((self.input, later.input), (self.output, later.output), (self.cached, later.cached), (self.reasoning, later.reasoning))))
+
+    def plus(self, other: Usage) -> Usage:
+        return Usage(*(a + b if a is not None and b is not None else a for a, b in zip(vars(self).values(), vars(other).values())))
 
 
 @dataclass(frozen=True)
@@ -192,7 +225,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer: stop, length or content_filter. Every stream of events ends in one of these, or raises."""
+    """The end of an answer: stop, length, tool_calls or content_filter. Every stream of events ends in one of these, or raises."""
     reason: str
 
 
@@ -201,7 +234,8 @@ class Waiting:
     """Nothing came for a keep-alive interval. Lets a dialect say so to the client; never part of the answer."""
 
 
-Event = Union[Text, Thinking, Usage, Limit, Done, Waiting]
+Event = Union[Text, Thinking, Call, Refusal, Usage, Limit, Done, Waiting]
+SPOKEN = (Text, Thinking, Call, Refusal)        # what of an answer a client gets to see
 
 
 # === Errors ==========================================================================================================
@@ -434,6 +468,12 @@ class TimedOut(ProviderError):
     advice = "raise the time-out in providers.json, or use a faster model"
 
 
+class InvalidAnswer(ProviderError):
+    """The answer is not what was asked for: not the JSON of the response_format, also when asked again, or no call of a known tool."""
+    status, type, code, should_retry = 502, "server_error", "invalid_model_output", True
+    counts = False
+
+
 class OutOfTime(TimedOut):
     """The time for the whole answer is over, whoever gives it."""
     code = "total_timeout"
@@ -451,7 +491,7 @@ ERROR_CLASSES = {
     "not_logged_in": NotLoggedIn, "authentication": AuthenticationFailed, "permission": PermissionDenied, "rate_limit": RateLimited, "quota": QuotaUsedUp,
     "billing": BillingRefused, "context_length": ContextLengthExceeded, "model_not_found": ModelNotFound, "refusal": Refused,
     "bad_request": ProviderBadRequest, "overloaded": Overloaded, "server_error": UpstreamFailed, "unreachable": Unreachable,
-    "crashed": Crashed, "timeout": TimedOut, "parameter": ParameterRefused,
+    "crashed": Crashed, "timeout": TimedOut, "parameter": ParameterRefused, "invalid_answer": InvalidAnswer,
 }
 WHAT_HAPPENED = {
     "not_logged_in": "{name} is not logged in", "authentication": "{name} could not authenticate",
@@ -460,7 +500,7 @@ WHAT_HAPPENED = {
     "context_length": "the request is too long for {name}", "model_not_found": "{name} does not know the model",
     "refusal": "{name} declined", "bad_request": "{name}'s service refused the request", "overloaded": "{name}'s service is overloaded",
     "server_error": "{name}'s service failed", "unreachable": "{name} could not reach its service, or lost it", "crashed": "{name} crashed",
-    "timeout": "{name} timed out", "parameter": "{name}'s service refused a parameter",
+    "timeout": "{name} timed out", "invalid_answer": "the answer of {name} cannot be used", "parameter": "{name}'s service refused a parameter",
 }
 
 
@@ -600,7 +640,8 @@ BUILTIN_PROVIDERS = r'''{
       },
       "derive": {
         "thinking": {"from": "effort", "map": {"none": 0, "minimal": 0}},
-        "level": {"from": "effort", "map": {"low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}}
+        "level": {"from": "effort", "map": {"low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}},
+        "silent": {"from": "unkept", "models": "haiku", "map": {"yes": 0}}
       },
       "files": {
         "system.md": "{system}",
@@ -615,6 +656,10 @@ BUILTIN_PROVIDERS = r'''{
       "events": [
         {"if": {"event.delta.type": "text_delta"}, "text": "event.delta.text"},
         {"if": {"event.delta.type": "thinking_delta"}, "thinking": "event.delta.thinking"},
+        {"if": {"event.delta.type": "input_json_delta"}, "call": {"index": "event.index", "arguments": "event.delta.partial_json"}},
+        {"if": {"event.type": "content_block_start", "event.content_block.type": "tool_use"},
+         "call": {"index": "event.index", "id": "event.content_block.id", "name": "event.content_block.name"}},
+        {"if": {"type": "assistant", "message.content.0.type": ["thinking", "redacted_thinking"]}, "keep": "message.content.0"},
         {"if": {"type": "system", "subtype": "init"}, "must_be_empty": "tools"},
         {"if": {"event.type": "message_start"}, "usage": {
           "input": ["event.message.usage.input_tokens", "event.message.usage.cache_read_input_tokens", "event.message.usage.cache_creation_input_tokens"],
@@ -622,6 +667,7 @@ BUILTIN_PROVIDERS = r'''{
         {"if": {"event.type": "message_delta", "event.delta.stop_reason": ["max_tokens", "model_context_window_exceeded"]},
          "usage": {"output": "event.usage.output_tokens"}, "done": "length", "kill": true},
         {"if": {"event.type": "message_delta", "event.delta.stop_reason": "refusal"}, "usage": {"output": "event.usage.output_tokens"}, "done": "content_filter", "kill": true},
+        {"if": {"event.type": "message_delta", "event.delta.stop_reason": "tool_use", "@calls": true}, "usage": {"output": "event.usage.output_tokens"}, "done": "tool_calls"},
         {"if": {"event.type": "message_delta", "@text": false}, "usage": {"output": "event.usage.output_tokens"}, "done": "stop", "kill": true},
         {"if": {"event.type": "message_delta"}, "usage": {"output": "event.usage.output_tokens"}, "done": "stop"},
         {"if": {"type": "rate_limit_event", "rate_limit_info.status": "rejected"}, "reset": "rate_limit_info.resetsAt",
@@ -630,6 +676,9 @@ BUILTIN_PROVIDERS = r'''{
         {"if": {"type": "result", "is_error": true}, "error": {"message": "result", "status": "api_error_status", "kind": "error"}},
         {"if": {"type": "result", "stop_reason": "refusal"}, "done": "content_filter"},
         {"if": {"type": "result"}, "done": "stop"},
+        {"if": {"type": "control_request", "request.subtype": "mcp_message"}, "reply": {"mcp_response": "{mcp:request.message}"}},
+        {"if": {"type": "control_request", "request.subtype": "hook_callback"},
+         "reply": {"hookSpecificOutput": {"hookEventName": "PreToolUse", "permissionDecision": "defer"}}},
         {"if": {"type": ["system", "stream_event", "assistant", "user", "control_response"]}, "skip": true}
       ],
       "args": ["--tools", "", "--no-session-persistence", "--strict-mcp-config", "--setting-sources", "", "--disable-slash-commands",
@@ -639,6 +688,7 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "claude-stream",
           "images": true,
+          "tools": {"prefix": "mcp__c__", "description": 2048, "live": true, "answers": true},
           "slots": 20,
           "resident": {"conversations": 1, "memory_mb": 400},
           "argv": ["-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose", "--include-partial-messages",
@@ -646,7 +696,7 @@ BUILTIN_PROVIDERS = r'''{
           "files": {"system.md": null, "history.jsonl": null},
           "env": {"MAX_THINKING_TOKENS": null, "CLAUDE_CODE_MAX_OUTPUT_TOKENS": null, "CLAUDE_CODE_EXTRA_BODY": null},
           "start": [
-            {"call": "initialize", "params": {"systemPrompt": [""]}, "take": {}},
+            {"call": "initialize", "params": {"systemPrompt": [""], "hooks": {"PreToolUse": [{"matcher": "*", "hookCallbackIds": ["defer"]}]}}, "take": {}},
             {"call": "apply_flag_settings", "params": {"settings": {"env": {"CLAUDE_CODE_EXTRA_BODY": ""}}}, "take": {}},
             {"line": {"type": "user", "uuid": "{uuid}", "shouldQuery": false, "message": {"role": "user", "content": [{"type": "text", "text": "x"}]}}, "until": true}],
           "open": [
@@ -654,9 +704,14 @@ BUILTIN_PROVIDERS = r'''{
             {"if": "system", "replace": {"work/.claude/agents/dyn.md": "---\nname: {system_name}\ndescription: d\n---\n{system}"}, "call": "reload_plugins"},
             {"call": "apply_flag_settings", "params": {"settings": {"agent": "{system_name|null}", "effortLevel": "{level|null}", "env": {
               "CLAUDE_CODE_MAX_OUTPUT_TOKENS": {"text": "{max_tokens|}"},
-              "CLAUDE_CODE_EXTRA_BODY": {"json": {"temperature": "{temperature}", "top_p": "{top_p}", "stop_sequences": "{stop}"}, "else": ""}}}}},
+              "CLAUDE_CODE_EXTRA_BODY": {"json": {"temperature": "{temperature}", "top_p": "{top_p}", "stop_sequences": "{stop}",
+                                                  "tool_choice": "{choice:anthropic}"}, "else": ""}}}}},
             {"call": "set_model", "params": {"model": "{model}"}},
             {"call": "set_max_thinking_tokens", "params": {"max_thinking_tokens": "{thinking|null}"}},
+            {"if": "forced", "call": "set_max_thinking_tokens", "params": {"max_thinking_tokens": 0}},
+            {"if": "silent", "call": "set_max_thinking_tokens", "params": {"max_thinking_tokens": "{silent}"}},
+            {"call": "mcp_set_servers", "params": {"servers": {}}},
+            {"if": "tools", "call": "mcp_set_servers", "params": {"servers": {"c": {"type": "sdk", "name": "c"}}}},
             {"line": {"type": "system", "subtype": "compact_boundary", "compact_metadata": {"trigger": "manual", "pre_tokens": 0}, "uuid": "{new_uuid}"}}],
           "ask": [
             {"for": "history:anthropic",
@@ -709,6 +764,8 @@ BUILTIN_PROVIDERS = r'''{
           "GEMINI_CLI_NO_RELAUNCH": "true",
           "GEMINI_CLI_CUSTOM_HEADERS": "x-cliproxy-hop: {hop}",
           "NO_BROWSER": "true",
+          "NO_PROXY": "127.0.0.1,localhost,{env:NO_PROXY|},{env:no_proxy|}",
+          "no_proxy": "127.0.0.1,localhost,{env:NO_PROXY|},{env:no_proxy|}",
           "TERM": "xterm-256color",
           "COLORTERM": "truecolor",
           "CLIPROXY_DOLLAR": "$"
@@ -737,7 +794,7 @@ BUILTIN_PROVIDERS = r'''{
                       "plan": {"enabled": false}, "topicUpdateNarration": false},
           "tools": {"core": ["mcp_*"], "useRipgrep": false},
           "context": {"includeDirectoryTree": false, "discoveryMaxDirs": 0, "memoryBoundaryMarkers": []},
-          "model": {"skipNextSpeakerCheck": true, "disableLoopDetection": true, "compressionThreshold": 1000000},
+          "model": {"skipNextSpeakerCheck": true, "disableLoopDetection": true, "compressionThreshold": 1000000, "maxSessionTurns": "{own:turns}"},
           "experimental": {"dynamicModelConfiguration": true, "enableAgents": false},
           "modelConfigs": {
             "modelChains": {
@@ -765,7 +822,8 @@ BUILTIN_PROVIDERS = r'''{
         "temperature": "{temperature}", "topP": "{top_p}", "maxOutputTokens": "{max_tokens}", "stopSequences": "{stop}", "seed": "{seed}",
         "presencePenalty": "{presence_penalty}", "frequencyPenalty": "{frequency_penalty}",
         "responseMimeType": "{json_mime}", "responseJsonSchema": "{schema}",
-        "thinkingConfig": {"thinkingBudget": "{budget}", "thinkingLevel": "{level}"}}}},
+        "thinkingConfig": {"thinkingBudget": "{budget}", "thinkingLevel": "{level}"},
+        "toolConfig": {"if": "choice:gemini", "is": {"functionCallingConfig": "{choice:gemini}"}}}}},
       "args": ["-m", "{model}", "-p", "", "--session-file", "{file:history.jsonl}"],
       "strategies": [
         {
@@ -777,6 +835,7 @@ BUILTIN_PROVIDERS = r'''{
           "resident": {"spares": 12, "turns": 400},
           "open": [
             {"lock": true, "session": "{short}", "remove": ["home/.gemini/tmp/work/chats/*"]},
+            {"if": "tools", "serve": "tools:lax"},
             {"replace": {"system.md": "{system|}"},
              "files": {"home/.gemini/tmp/work/chats/session-{short}.jsonl": {"lines": [
                {"sessionId": "{short}", "projectHash": "x", "startTime": "2026-01-01T00:00:00.000Z", "lastUpdated": "2026-01-01T00:00:00.000Z", "kind": "main"},
@@ -785,7 +844,8 @@ BUILTIN_PROVIDERS = r'''{
                 "user": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "user", "content": [{"text": "x", "thought": true}, "{*content}"]},
                 "assistant": {"id": "{id}", "timestamp": "2026-01-01T00:00:00.000Z", "type": "gemini", "content": "{content}"}},
                {"if": "ends_in_result", "line": {"id": "end", "timestamp": "2026-01-01T00:00:00.000Z", "type": "user", "content": [{"text": "x", "thought": true}]}}]}},
-             "call": "session/load", "params": {"sessionId": "{session}", "cwd": "{dir}/work", "mcpServers": []},
+             "call": "session/load", "params": {"sessionId": "{session}", "cwd": "{dir}/work", "mcpServers": [{"if": "mcp_url", "is":
+               {"type": "http", "name": "c", "url": "{mcp_url}", "headers": [{"name": "Authorization", "value": "Bearer {mcp_token}"}]}}]},
              "updates": {"if": {"method": "session/update", "params.update.sessionUpdate": ["user_message_chunk", "agent_message_chunk", "agent_thought_chunk", "tool_call", "tool_call_update"]}, "of": "messages:gemini", "and": 1}},
             {"remove": ["home/.gemini/tmp/work/chats/session-*{short}.jsonl"]}],
           "ask": [
@@ -795,6 +855,19 @@ BUILTIN_PROVIDERS = r'''{
             {"unless": "fresh", "call": "session/prompt", "params": {"sessionId": "{session}", "prompt": ["{*last:anthropic}"]}, "answer": true},
             {"await": "mode", "drop": true, "unlock": true}],
           "litter": ["tmp/gemini-client-error-*.json"]
+        },
+        {
+          "name": "acp-tools",
+          "like": "acp",
+          "tools": {"prefix": "mcp_c_", "longest": 63, "any_only": true, "only": true, "not_with": ["response_format"]},
+          "profiles": [{"tool_choice": "required"}],
+          "own": {"turns": 1},
+          "resident": {"spares": 0, "live": 0},
+          "more_events": [
+            {"if": {"params.update.sessionUpdate": "tool_call_update", "params.update.status": "completed"}, "call": {"served": true, "without": ["wait_for_previous"]}},
+            {"if": {"result.stopReason": "max_turn_requests", "@calls": true}, "usage": {
+              "input": "result._meta.quota.token_count.input_tokens", "output": "result._meta.quota.token_count.output_tokens"}, "done": "tool_calls"},
+            {"if": {"result.stopReason": "max_turn_requests"}, "error": {"words": "its model called a tool that it does not have, or with arguments that the tool does not take"}}]
         },
         {
           "driver": "jsonl",
@@ -827,6 +900,7 @@ BUILTIN_PROVIDERS = r'''{
       ],
       "errors": [
         {"error": "rate_limit", "match": "exceeded your current quota"},
+        {"error": "invalid_answer", "match": "^its model called a tool"},
         {"error": "not_logged_in", "exit": [41]},
         {"error": "refusal", "match": "blocked due to safety"},
         {"error": "not_logged_in", "match": "API key is missing or not configured|Could not load the default credentials"},
@@ -908,6 +982,8 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "codex-app-server",
           "images": true,
+          "tools": {"reserved": "mcp__.*|exec_command"},
+          "strict_schemas": true,
           "slots": 256,
           "resident": {"spares": 4, "spare_for": "{model}"},
           "argv": ["app-server", "-c", "thread_unload_delay_secs=0", "@args"],
@@ -918,7 +994,8 @@ BUILTIN_PROVIDERS = r'''{
               "optOutNotificationMethods": ["configWarning", "remoteControl/status/changed", "thread/started", "thread/status/changed", "item/started"]}}},
             {"notify": "initialized"}],
           "open": [{"call": "thread/start", "take": {"session": "thread.id"}, "params": {
-            "model": "{model}", "cwd": "{dir}/work", "approvalPolicy": "never", "sandbox": "read-only", "ephemeral": true, "baseInstructions": ""}}],
+            "model": "{model}", "cwd": "{dir}/work", "approvalPolicy": "never", "sandbox": "read-only", "ephemeral": true, "baseInstructions": "",
+            "dynamicTools": "{tools:codex}", "experimentalRawEvents": {"if": "tools", "is": true}}}],
           "ask": [
             {"call": "thread/inject_items", "params": {"threadId": "{session}", "items": "{new:responses}"}},
             {"call": "turn/start", "answer": true, "take": {"turn": "turn.id"}, "params": {
@@ -931,6 +1008,12 @@ BUILTIN_PROVIDERS = r'''{
           "events": [
             {"if": {"method": "item/agentMessage/delta"}, "text": "params.delta"},
             {"if": {"method": ["item/reasoning/summaryTextDelta", "item/reasoning/textDelta"]}, "thinking": "params.delta"},
+            {"if": {"method": "rawResponseItem/completed", "params.turnId": {"match": "^(?!auto-compact)"}, "params.item.type": "function_call"},
+             "call": {"id": "params.item.call_id", "name": "params.item.name", "arguments": "params.item.arguments"}},
+            {"if": {"method": "rawResponseItem/completed", "params.turnId": {"match": "^(?!auto-compact)"}, "params.item.type": "reasoning"}, "keep": "params.item"},
+            {"if": {"method": "rawResponse/completed", "@calls": true}, "usage": {"input": "params.usage.inputTokens", "output": "params.usage.outputTokens",
+              "cached": "params.usage.cachedInputTokens", "reasoning": "params.usage.reasoningOutputTokens"}, "done": "tool_calls", "kill": true},
+            {"if": {"method": "item/tool/call"}, "skip": true},
             {"if": {"method": "thread/tokenUsage/updated"}, "usage": {
               "input": "params.tokenUsage.last.inputTokens", "output": "params.tokenUsage.last.outputTokens",
               "cached": "params.tokenUsage.last.cachedInputTokens", "reasoning": "params.tokenUsage.last.reasoningOutputTokens"}},
@@ -943,7 +1026,7 @@ BUILTIN_PROVIDERS = r'''{
             {"if": {"method": "turn/completed"}, "error": {"message": "params.turn.error.message", "status": [
               "params.turn.error.codexErrorInfo.httpConnectionFailed.httpStatusCode", "params.turn.error.codexErrorInfo.responseTooManyFailedAttempts.httpStatusCode"]}},
             {"if": {"method": ["turn/started", "item/started", "item/completed", "item/reasoning/summaryPartAdded", "error", "warning", "configWarning", "thread/status/changed",
-                               "thread/settings/updated", "thread/started", "thread/closed", "rawResponseItem/completed", "mcpServer/startupStatus/updated"]}, "skip": true}
+                               "thread/settings/updated", "thread/started", "thread/closed", "rawResponseItem/completed", "rawResponse/completed", "mcpServer/startupStatus/updated"]}, "skip": true}
           ]
         },
         {
@@ -1000,6 +1083,8 @@ BUILTIN_PROVIDERS = r'''{
           "QWEN_CODE_SYSTEM_SETTINGS_PATH": "{file:settings.json}",
           "QWEN_SYSTEM_MD": "{file:system.md}",
           "QWEN_CODE_NO_RELAUNCH": "1",
+          "NO_PROXY": "127.0.0.1,localhost,{env:NO_PROXY|},{env:no_proxy|}",
+          "no_proxy": "127.0.0.1,localhost,{env:NO_PROXY|},{env:no_proxy|}",
           "QWEN_CODE_MAX_OUTPUT_TOKENS": "32000",
           "QWEN_DEBUG_LOG_FILE": "1",
           "CLIPROXY_DOLLAR": "$"
@@ -1029,7 +1114,7 @@ BUILTIN_PROVIDERS = r'''{
                                      "stop": "{stop}", "seed": "{seed}", "presence_penalty": "{presence_penalty}", "frequency_penalty": "{frequency_penalty}",
                                      "response_format": "{response_format}", "reasoning_effort": "{effort}", "logit_bias": "{logit_bias}"}}}},
           "context": {"fileName": ".cliproxy-no-context-file"}, "ide": {"enabled": false}, "disableAllHooks": true,
-          "mcp": {"allowed": ["cliproxy"]},
+          "mcp": {"allowed": ["c"]},
           "permissions": {"deny": ["tool_search", "agent", "task_stop", "send_message", "skill", "list_directory", "read_file", "grep_search",
             "glob", "edit", "write_file", "run_shell_command", "todo_write", "ask_user_question", "exit_plan_mode", "web_fetch", "lsp",
             "cron_create", "cron_list", "cron_delete", "monitor", "save_memory"]}
@@ -1042,15 +1127,23 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "acp",
           "images": true,
+          "tools": {"prefix": "mcp__c__", "longest": 63},
           "argv": ["--acp", "--extensions=none"],
           "resident": {"turns": 500, "live": 0},
+          "more_events": [
+            {"if": {"method": "session/request_permission", "@tools": true}, "call": {"id": "params.toolCall.toolCallId", "name": {"path": "params.options.0.name", "match": ": (.*)$"},
+              "arguments": "params.toolCall.rawInput"}, "cancel": true, "reply": {"outcome": {"outcome": "cancelled"}}},
+            {"if": {"result.stopReason": "cancelled", "@calls": true}, "done": "tool_calls"}],
           "open": [
+            {"if": "tools", "serve": "tools:bare"},
             {"files": {"s/{short}/.qwen/output-language.md": "", "s/{short}/.qwen/settings.json": {"escape": {"$": "${CLIPROXY_DOLLAR}"}, "spread": {"what": "model.generationConfig", "over": "modelProviders.openai"}, "json": {
               "$version": 4, "modelProviders": "{found:model_providers}", "model": {"name": "{model}", "generationConfig": {"maxRetries": 0, "customHeaders": {"x-cliproxy-hop": "{hop}"},
                 "extra_body": {"messages": "{messages:openai}", "temperature": "{temperature}", "top_p": "{top_p}", "max_tokens": "{max_tokens}",
                   "stop": "{stop}", "seed": "{seed}", "presence_penalty": "{presence_penalty}", "frequency_penalty": "{frequency_penalty}",
-                  "response_format": "{response_format}", "reasoning_effort": "{effort}", "logit_bias": "{logit_bias}"}}}}}},
-             "call": "session/new", "params": {"cwd": "{dir}/s/{short}", "mcpServers": []}, "take": {"session": "sessionId"}},
+                  "response_format": "{response_format}", "reasoning_effort": "{effort}", "logit_bias": "{logit_bias}",
+                  "tools": "{tools:openai}", "tool_choice": "{choice:openai}", "parallel_tool_calls": "{parallel}"}}}}}},
+             "call": "session/new", "params": {"cwd": "{dir}/s/{short}", "mcpServers": [{"if": "mcp_url", "is":
+               {"type": "http", "name": "c", "url": "{mcp_url}", "headers": [{"name": "Authorization", "value": "Bearer {mcp_token}"}]}}]}, "take": {"session": "sessionId"}},
             {"remove": ["s/{short}"]}],
           "ask": [{"call": "session/prompt", "answer": true, "params": {"sessionId": "{session}", "prompt": [{"type": "text", "text": ""}, {"type": "text", "text": "{transcript}"}]}}]
         },
@@ -1136,7 +1229,9 @@ PARAMETERS = ("temperature", "top_p", "max_tokens", "stop", "seed", "presence_pe
               "response_format", "logit_bias")
 RESIDENT_DRIVERS, PROCESS_DRIVERS = ("acp", "codex-app-server", "claude-stream"), ("jsonl", "text")    # ways to talk; see WIRES and DRIVERS
 BREAKER_DEFAULTS = {"failures": 3, "seconds": 10.0, "longest": 1800.0}      # see Breaker
-VARIABLES = {"dir", "self", "python", "uuid", "hop", "env", "file", "found", "prepared", "model", "system", "prompt",
+TOOL_HOLES = {("choice", "anthropic"): ("tool_choice", "parallel_tool_calls"), ("choice", "gemini"): ("tool_choice",), ("choice", "openai"): ("tool_choice",),
+              ("parallel", ""): ("parallel_tool_calls",)}       # what each makes native
+VARIABLES = {"own", "tools", "choice", "parallel", "forced", "unkept", "mcp_url", "mcp_token", "mcp", "line", "dir", "self", "python", "uuid", "hop", "env", "file", "found", "prepared", "model", "system", "prompt",
              "transcript", "messages", "history", "last", "new", "schema", "json_mime", "item", "id", "parent", "content", *PARAMETERS,
              "plain", "fresh", "live", "ends_in_result", "profile", "profiles", "models", "flip", "system_name", "new_uuid", "session", "turn", "short"}
 
@@ -1194,6 +1289,12 @@ def _not_negative(value: Any, path: str) -> None:
         raise ConfigError(f"{path}: expected a number that is not negative, found {_show(value)}")
 
 
+def _field_or_part(value: Any, path: str) -> None:
+    """Where a value stands in a line: a path, or a path and a pattern whose group is the value."""
+    if not isinstance(value, str):
+        check(value, {"path": str, "match": _regex}, path)
+
+
 def _path_or_number(value: Any, path: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ConfigError(f"{path}: expected a path or a number, found {_show(value)}")
@@ -1204,7 +1305,7 @@ def _steps(value: Any, path: str) -> None:
     check(value, [_STEP], path)
 
 
-_STEP = {"call?": str, "notify?": str, "line?": _template, "params?": _template, "as?": str, "take?": {"*": str}, "answer?": bool,
+_STEP = {"call?": str, "notify?": str, "serve?": str, "line?": _template, "params?": _template, "as?": str, "take?": {"*": str}, "answer?": bool,
          "await?": str, "drop?": bool, "until?": bool, "updates?": {"if": {"*": _event_test}, "of": str, "and": int},
          "session?": str, "files?": {"*": _template}, "replace?": {"*": _template}, "remove?": [str], "lock?": bool, "unlock?": bool,
          "if?": str, "unless?": str, "for?": str, "user?": _steps, "assistant?": _steps}
@@ -1215,10 +1316,12 @@ _ERROR_RULES = [{"error": _error_class, "match?": _regex, "status?": [int], "exi
 _ENV = {"pass?": [str], "set?": {"*": _template}}
 _TIMEOUTS = {"queue?": float, "start?": float, "first?": float, "failover?": float, "idle?": float, "total?": float}
 _BREAKER = {"failures?": _not_negative, "seconds?": _not_negative, "longest?": _not_negative}
-_EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool, "skip?": bool,
+_CALL = {"id?": str, "index?": str, "name?": _field_or_part, "arguments?": str, "served?": bool, "without?": [str]}
+_TOOLS = {"prefix?": str, "longest?": int, "description?": int, "reserved?": _regex, "any_only?": bool, "only?": bool, "live?": bool, "not_with?": [str], "answers?": bool}
+_EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "call?": _CALL, "keep?": str, "reply?": _template, "cancel?": bool, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool, "skip?": bool,
                "must_be_empty?": str, "reset?": str, "limits?": [{"window": str, "used?": _path_or_number, "part?": str, "resets?": str}], "reject?": str, "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
-_STRATEGY = {"driver": _driver_name, "argv": _launch_args, "stdin?": _template, "images?": bool, "split?": _regex, "guard?": _regex,
+_STRATEGY = {"driver?": _driver_name, "name?": str, "like?": str, "own?": {"*": _template}, "profiles?": [{"*": _template}], "more_events?": [_EVENT_RULE], "strict_schemas?": bool, "argv?": _launch_args, "stdin?": _template, "images?": bool, "tools?": _TOOLS, "split?": _regex, "guard?": _regex,
              "files?": {"*": _template}, "env?": {"*": _template}, "slots?": int, **_TALK, "events?": [_EVENT_RULE], "begin?": _regex, "end?": _regex, "drop?": [_regex], "failed?": _regex, "stream?": bool, "terminal?": [str]}
 _PROVIDER = {
     "title?": str, "binary": str, "install?": str, "login?": str,
@@ -1297,11 +1400,14 @@ def holes(template: Any) -> Iterator[Tuple[str, str]]:
 
 
 def dig(value: Any, path: Sequence[str]) -> Any:
-    """The value at a path of keys inside nested objects; None where there is none."""
+    """The value at a path of keys inside nested objects, and of numbers inside lists; None where there is none."""
     for key in path:
-        if not isinstance(value, dict):
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
+            value = value[int(key)]
+        else:
             return None
-        value = value.get(key)
     return value
 
 
@@ -1332,9 +1438,25 @@ class EventRule(LineTest):
     def __init__(self, row: Mapping[str, Any]):
         super().__init__(row["if"])
         self.row = row
-        self.paths = {k: tuple(row[k].split(".")) for k in ("text", "thinking", "hold", "must_be_empty", "reset", "reject") if k in row}
+        self.paths = {k: tuple(row[k].split(".")) for k in ("text", "thinking", "keep", "hold", "must_be_empty", "reset", "reject") if k in row}
+        self._call = {k: v if isinstance(v, dict) else {"path": v} for k, v in row.get("call", {}).items() if k not in ("without", "served")}
         self.usage = {k: [tuple(p.split(".")) for p in ([v] if isinstance(v, str) else v)] for k, v in row.get("usage", {}).items()}
         self.error = {k: [tuple(p.split(".")) for p in ([v] if isinstance(v, str) else v)] for k, v in row.get("error", {}).items() if k != "words"}
+
+    def call(self, line: Mapping[str, Any]) -> Dict[str, Any]:
+        """{id, index, name, arguments} of a tool call, or of a piece of one, as far as the line has them; arguments as JSON text."""
+        found = {key: dig(line, where["path"].split(".")) for key, where in self._call.items()}
+        for key, where in self._call.items():
+            m = re.search(where["match"], found[key]) if "match" in where and isinstance(found[key], str) else None
+            found[key] = m.group(1) if m else found[key]
+        return {**found, "arguments": self.arguments(found.get("arguments"))}
+
+    def arguments(self, given: Any) -> str:
+        """A call's arguments as JSON text, whether they come as text or as an object, of which some may be the CLI's own (`without`)."""
+        if isinstance(given, dict):
+            without = self.row["call"].get("without", ())
+            return json.dumps({k: v for k, v in given.items() if k not in without}, ensure_ascii=False, separators=(",", ":"))
+        return given if isinstance(given, str) else ""
 
     def limits(self, line: Mapping[str, Any]) -> Iterator[Limit]:
         """What the line says of the account's limits; nothing of one whose place in it is empty."""
@@ -1361,8 +1483,18 @@ class Strategy:
     uses: frozenset = frozenset()
 
     @property
+    def name(self) -> str:
+        """Its name among the provider's strategies, which is its driver's unless two have the same."""
+        return self.row.get("name", self.driver)
+
+    @property
     def images(self) -> bool:
         return bool(self.row.get("images"))
+
+    @property
+    def tools(self) -> Optional[Mapping[str, Any]]:
+        """How the CLI's model gets the client's tools; None if this strategy has no way in for them."""
+        return self.row.get("tools")
 
     @property
     def stays(self) -> bool:
@@ -1405,21 +1537,33 @@ def make_provider(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any]
     strategies = []
     for i, s in enumerate(row["strategies"]):
         where = f"{path}.strategies[{i}]"
+        if "like" in s:
+            model = next((known for known in row["strategies"][:i] if known.get("name", known.get("driver")) == s["like"]), None)
+            if model is None:
+                raise ConfigError(f"{where}.like: expected the name of a strategy before it, found {_show(s['like'])}")
+            s = merged(model, s)
+        for key in ("driver", "argv"):
+            if key not in s:
+                raise ConfigError(f"{where}.{key}: is missing; expected {'a string' if key == 'driver' else 'a list'}")
         s = merged(defaults.get("drivers", {}).get(s["driver"], {}), s)
         s = {"events": row.get("events", []), **s, "files": {k: v for k, v in {**row.get("files", {}), **s.get("files", {})}.items() if v is not None},
              "env": {k: v for k, v in {**row["env"]["set"], **s.get("env", {})}.items() if v is not None}}
+        s["events"] = [*s.get("more_events", []), *s["events"]]
         if s["driver"] != "text" and not s.get("events"):
             raise ConfigError(f"{where}.events: is missing; a {s['driver']} strategy needs rules that say what a line means")
         used, direct = set(), set()
-        for part in (s["env"], s["files"], row.get("args", []) if "@args" in s["argv"] else [], s["argv"], s.get("stdin", ""), row.get("profile", {}), *(s.get(k, []) for k in _TALK_TEMPLATES)):
-            for var, _ in holes(part):
+        for part in (s["env"], s["files"], row.get("args", []) if "@args" in s["argv"] else [], s["argv"], s.get("stdin", ""), row.get("profile", {}), *(s.get(k, []) for k in _TALK_TEMPLATES),
+                     [rule.get("reply") for rule in s.get("events", [])]):
+            for var, arg in holes(part):
                 if var not in VARIABLES and var not in derived:
                     raise ConfigError(f"{where}: {{{var}}} is not a variable; expected one of {', '.join(sorted(VARIABLES | set(derived)))}")
                 direct.add(var)
-                used.add(derived[var]["from"] if var in derived else var)
+                used.update(TOOL_HOLES.get((var, arg), (derived[var]["from"] if var in derived else var,)))
         if used & {"schema", "json_mime"}:
             used.add("response_format")
-        strategies.append(Strategy(s["driver"], s, tuple(EventRule(r) for r in s.get("events", [])), frozenset(used & set(PARAMETERS)), frozenset(direct)))
+        if s.get("name", s["driver"]) in [known.name for known in strategies]:
+            raise ConfigError(f"{where}: there is another strategy {s.get('name', s['driver'])!r} before it; give one of them a \"name\"")
+        strategies.append(Strategy(s["driver"], s, tuple(EventRule(r) for r in s.get("events", [])), frozenset(used & {*PARAMETERS, *(("tool_choice", "parallel_tool_calls") if "tools" in s else ())}), frozenset(direct)))
     if not strategies:
         raise ConfigError(f"{path}.strategies: expected at least one strategy, found none")
     rules = [*row.get("errors", []), *defaults.get("errors", [])]
@@ -2300,24 +2444,286 @@ class Child:
             return b""
 
 
+# === Tools ===========================================================================================================
+# The client's functions become tools of the CLI's own model, which calls them as it would call any. The CLI hears of them in its own
+# protocol or by the Model Context Protocol (MCP), over its stdin and stdout or from a small server of ours. It never runs one: the
+# call goes out to the client, the turn ends, and the result comes back as a turn of the history. So nothing waits for a client.
+
+WIRE_NAME = re.compile(r"[A-Za-z0-9_-]+")
+TOOL_LIMITS = {"prefix": "", "longest": 64, "description": 1 << 20, "reserved": "", "any_only": False}       # of a strategy's `tools`
+
+
+def wire_name(name: str, limits: Mapping[str, Any]) -> str:
+    """What a CLI's model is to call a tool: the prefix that the CLI puts before it and the name, or, where that is too long, has other
+    characters or is one of the CLI's own, what is left of the name and a part of its hash."""
+    room, reserved = limits["longest"] - len(limits["prefix"]), re.fullmatch(limits["reserved"], name)
+    if len(name) > room or not WIRE_NAME.fullmatch(name) or reserved:
+        plain = "client_" * bool(reserved) + re.sub(r"[^A-Za-z0-9_-]", "_", name)
+        name = plain[:room - 9] + "_" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+    return limits["prefix"] + name
+
+
+def wire_id(id: str) -> str:
+    """A call's id as every service takes it: Anthropic's wants these characters only, OpenAI's no more than 64."""
+    return id if WIRE_NAME.fullmatch(id) and len(id) <= 64 else "call_" + hashlib.sha256(id.encode("utf-8", "replace")).hexdigest()[:24]
+
+
+def wired(request: Request, rules: Mapping[str, Any]) -> Tuple[Request, Dict[str, str]]:
+    """(the request with tools, calls and results named as the CLI's model knows them, {that name: the client's})."""
+    limits, names = {**TOOL_LIMITS, **rules}, {}       # type: Tuple[Dict[str, Any], Dict[str, str]]
+
+    def renamed(name: str) -> str:
+        wire = wire_name(name, limits)
+        names[wire] = name
+        return wire
+
+    def part(p: Part) -> Part:
+        if isinstance(p, CallPart):
+            return replace(p, id=wire_id(p.id), name=renamed(p.name))
+        return replace(p, id=wire_id(p.id), name=renamed(p.name) if p.name else "") if isinstance(p, ResultPart) else p
+
+    def tool(t: Tool) -> Tool:
+        most, schema = limits["description"], object_schema(t.schema)
+        if len(t.description) > most:       # claude cuts it there; a schema may have a description too
+            schema = {**schema, "description": t.description[most:] + str(schema.get("description", ""))}
+        return replace(t, name=renamed(t.name), description=t.description[:most] or t.name, schema=schema)
+    messages = tuple(replace(m, parts=tuple(map(part, m.parts))) if any(isinstance(p, (CallPart, ResultPart)) for p in m.parts) else m for m in request.messages)
+    tools, choice, params = tuple(map(tool, request.tools)), request.params.get("tool_choice"), dict(request.params)
+    if isinstance(choice, dict):
+        params["tool_choice"] = {"name": renamed(choice["name"])}
+    if limits["any_only"] and choice is not None:       # to be told to call something is enough, if there is only one thing to call, or none
+        params["tool_choice"] = None if choice == "none" else "required"
+        tools = () if choice == "none" else tuple(t for t in tools if not isinstance(choice, dict) or names[t.name] == choice["name"])
+    return replace(request, messages=messages, tools=tools, params=params), names
+
+
+def object_schema(schema: Mapping[str, Any]) -> Dict[str, Any]:
+    """The schema with "type": "object", without which claude drops all tools, and with properties, without which OpenAI's API takes none."""
+    return {**schema, "type": "object", **({} if "properties" in schema or schema.keys() & {"anyOf", "oneOf", "allOf", "$ref"} else {"properties": {}})}
+
+
+def unwired(events: Iterator[Event], names: Mapping[str, str], prefix: str) -> Iterator[Event]:
+    """The same events, with the client's names for its tools, and {} where a call had no arguments at all."""
+    silent: Dict[int, Call] = {}            # calls without a word of arguments yet
+    for event in events:
+        if isinstance(event, Call) and event.name:
+            name = event.name if event.name.startswith(prefix) else prefix + event.name     # some leave the prefix out where they name a call
+            event = replace(event, name=names.get(name, name[len(prefix):]))
+            silent[event.index] = event
+        if isinstance(event, Call) and event.arguments:
+            silent.pop(event.index, None)
+        if isinstance(event, Done):
+            for call in silent.values():
+                yield Call(call.index, arguments="{}")
+        yield event
+
+
+def one_call(events: Iterator[Event]) -> Iterator[Event]:
+    """The same events with the first of several calls only. Emulates `parallel_tool_calls: false`."""
+    return (event for event in events if not isinstance(event, Call) or event.index == 0)
+
+
+def tools_for_mcp(tools: Sequence[Tool], prefix: str, lax: Optional[Mapping[str, Any]] = None) -> List[Dict[str, Any]]:
+    """Tools of MCP's tools/list; `lax` is laid over the schemas."""
+    return [{"name": t.name[len(prefix):], "description": t.description, "inputSchema": {**t.schema, **(lax or {})}} for t in tools]
+
+
+def tools_for_openai(tools: Sequence[Tool], prefix: str) -> List[Dict[str, Any]]:
+    """`tools` of chat completions (platform.openai.com/docs/api-reference/chat)."""
+    return [{"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.schema, **({} if t.strict is None else {"strict": t.strict})}}
+            for t in tools]
+
+
+TOOL_FORMATS: Dict[str, Callable[[Sequence[Tool], str], List[Dict[str, Any]]]] = {
+    # A client is to get what the model wrote, also where it does not fit the schema; so a CLI must not check it. qwen is given the schemas
+    # another way; gemini passes them on, but does not check against those of a version that it does not know.
+    "mcp": tools_for_mcp, "bare": lambda tools, prefix: [{**row, "inputSchema": {"type": "object"}} for row in tools_for_mcp(tools, prefix)],
+    "lax": lambda tools, prefix: tools_for_mcp(tools, prefix, {"$schema": "http://json-schema.org/draft-04/schema#"}), "openai": tools_for_openai,
+    "codex": lambda tools, prefix: [{"type": "function", **row} for row in tools_for_mcp(tools, prefix)]}
+
+
+def choice_for_anthropic(choice: Any, alone: bool) -> Any:
+    """tool_choice of the Messages API (docs.anthropic.com/en/api/messages); `alone`: one call at most."""
+    kind = {"type": "tool", "name": choice["name"]} if isinstance(choice, dict) else {"type": {"required": "any", "none": "none"}.get(choice, "auto")}
+    return {**kind, **({"disable_parallel_tool_use": True} if alone and choice != "none" else {})} if choice or alone else None
+
+
+def choice_for_gemini(choice: Any, alone: bool) -> Any:
+    """functionCallingConfig of the Gemini API (ai.google.dev/api/caching#FunctionCallingConfig)."""
+    named = {"allowedFunctionNames": [choice["name"]]} if isinstance(choice, dict) else {}
+    return {"mode": {"none": "NONE"}.get(choice, "ANY") if isinstance(choice, str) else "ANY", **named} if choice else None
+
+
+def choice_for_openai(choice: Any, alone: bool) -> Any:
+    """tool_choice of chat completions."""
+    return {"type": "function", "function": {"name": choice["name"]}} if isinstance(choice, dict) else choice
+
+
+CHOICE_FORMATS: Dict[str, Callable[[Any, bool], Any]] = {"anthropic": choice_for_anthropic, "gemini": choice_for_gemini, "openai": choice_for_openai}
+
+
+def check_calls(messages: Sequence[Message]) -> None:
+    """Raise BadRequest, in OpenAI's words, unless the results of all calls of a message, and no others, follow it."""
+    open_calls: List[str] = []
+
+    def all_answered() -> None:
+        if open_calls:
+            raise BadRequest("an assistant message with 'tool_calls' must be followed by tool messages responding to each 'tool_call_id'",
+                             f"the following tool_call_ids did not have response messages: {', '.join(open_calls)}", "send a result for each of them, or leave the calls out",
+                             param="messages")
+    for m in messages:
+        results = [p for p in m.parts if isinstance(p, ResultPart)]
+        if not results:
+            all_answered()
+            open_calls = [p.id for p in m.parts if isinstance(p, CallPart)]
+        for result in results:
+            if result.id not in open_calls:
+                raise BadRequest("messages with role 'tool' must be a response to a preceding message with 'tool_calls'",
+                                 f"there is no call {_show(result.id)} that waits for a result", "send the assistant message with that call before its result", param="messages")
+            open_calls.remove(result.id)
+    all_answered()
+
+
+def mcp_answer(message: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> Optional[Dict[str, Any]]:
+    """What an MCP server with these tools answers to a JSON-RPC message (modelcontextprotocol.io, 2025-11-25); None to a notification."""
+    method, number = message.get("method"), message.get("id")
+    if number is None:
+        return None
+    results: Dict[Any, Any] = {
+        "initialize": {"protocolVersion": dig(message, ("params", "protocolVersion")), "capabilities": {"tools": {}}, "serverInfo": {"name": "cliproxy", "version": VERSION}},
+        "tools/list": {"tools": list(tools)}, "ping": {},
+        "tools/call": {"content": [{"type": "text", "text": "handed to the client"}]}}      # gemini calls before it ends the turn; its model never sees this
+    answer = {"result": results[method]} if method in results else {"error": {"code": -32601, "message": f"there is no {method} here"}}
+    return {"jsonrpc": "2.0", "id": number, **answer}
+
+
+class ToolServer:
+    """An MCP server on a loopback port of its own, for CLIs that ask for tools over HTTP ("streamable HTTP", plain JSON answers). What it
+    serves to one conversation stands under a path that nobody can guess, and takes a token besides. For any thread; starts when needed."""
+
+    def __init__(self) -> None:
+        self._lock, self._server = threading.Lock(), None       # type: Tuple[threading.Lock, Optional[HTTPServer]]
+        self._served: Dict[str, Tuple[str, Sequence[Mapping[str, Any]], deque]] = {}       # path -> token, tools, calls
+
+    def open(self, tools: Sequence[Mapping[str, Any]]) -> Tuple[str, str, str]:
+        """(path, URL, token) under which these tools are served until close(path)."""
+        path, token = "/mcp/" + secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+        with self._lock:
+            if self._server is None:
+                self._server = _ToolListener(("127.0.0.1", 0), self)
+                threading.Thread(target=self._server.serve_forever, name="tools", daemon=True, kwargs={"poll_interval": 3600}).start()
+            self._served[path] = token, tools, deque()
+            return path, f"http://127.0.0.1:{self._server.server_address[1]}{path}", token
+
+    def close(self, path: str) -> None:
+        with self._lock:
+            self._served.pop(path, None)
+
+    def __len__(self) -> int:
+        return len(self._served)
+
+    def taken(self, path: str) -> Optional[Mapping[str, Any]]:
+        """The next call made there, {name, arguments}, in the order they came; None if there is none."""
+        calls = self._served.get(path, ("", (), deque()))[2]
+        return calls.popleft() if calls else None
+
+    def answer(self, path: str, token: str, message: Any) -> Tuple[int, Optional[Dict[str, Any]]]:
+        """(HTTP status, answer) to a JSON-RPC message, if it comes with the token of that path."""
+        known, tools, calls = self._served.get(path, ("", (), deque()))
+        if not known or not hmac.compare_digest(known.encode(), token.encode("utf-8", "replace")):
+            return 404, {"error": "there is no such path"}
+        if not isinstance(message, dict):
+            return 400, {"jsonrpc": "2.0", "id": None, "error": {"code": -32700, "message": "that is no JSON-RPC message"}}
+        call = message.get("params")
+        if message.get("method") == "tools/call" and isinstance(call, dict) and isinstance(call.get("name"), str):
+            calls.append(call)
+        answer = mcp_answer(message, tools)
+        return 202 if answer is None else 200, answer
+
+
+class _ToolHandler(BaseHTTPRequestHandler):
+    protocol_version, disable_nagle_algorithm, timeout = "HTTP/1.1", True, 10.0     # timeout: of an idle connection, in seconds
+    server: _ToolListener
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        try:
+            message = json.loads(body)
+        except ValueError:
+            message = None
+        self._send(*self.server.owner.answer(self.path, self.headers.get("Authorization", "").partition(" ")[2], message))
+
+    def do_GET(self) -> None:
+        self._send(405, None)           # no stream of the server's own messages
+
+    do_DELETE = do_GET
+
+    def _send(self, status: int, value: Any) -> None:
+        body = b"" if value is None else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class _ToolListener(socketserver.ThreadingMixIn, HTTPServer):
+    daemon_threads, request_queue_size = True, 256
+
+    def __init__(self, address: Tuple[str, int], owner: ToolServer):
+        self.owner = owner
+        super().__init__(address, _ToolHandler)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)        # HTTPServer's own looks up our name in the DNS
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):      # a CLI that has gone
+            super().handle_error(request, client_address)
+
+
 # === Prompts =========================================================================================================
 # A conversation becomes what a CLI can be given: the four wire shapes that all of them use, and the templates of
 # providers.json filled with them. Prompts go by stdin or by a file in a private directory, never by argv.
 
 
-def anthropic_messages(messages: Sequence[Message]) -> List[Dict[str, Any]]:
+Kept = Callable[[str], Sequence[Any]]      # by a call's id: what of the model's reasoning has to stand before it when it is replayed
+
+
+def nothing_kept(id: str) -> Sequence[Any]:
+    return ()
+
+
+def reasoning_of(message: Message, kept: Kept) -> List[Any]:
+    """What was kept of the reasoning that led to the message's calls."""
+    return list(next((kept(p.id) for p in message.parts if isinstance(p, CallPart)), ()))
+
+
+def arguments_of(call: CallPart) -> Dict[str, Any]:
+    """A call's arguments, for an API that takes an object only. What the model wrote instead of one is no less part of the history."""
+    try:
+        value = json.loads(call.arguments or "{}")
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {"invalid_arguments": call.arguments}
+
+
+def anthropic_messages(messages: Sequence[Message], kept: Kept = nothing_kept) -> List[Dict[str, Any]]:
     """Messages API messages (docs.anthropic.com/en/api/messages). System messages travel elsewhere there, so they are left out, and
     so are blank ones, which that API does not take. Neighbours of one role are one message, or claude would put a newline between them."""
     out: List[Dict[str, Any]] = []
     for m in messages:
-        blocks: List[Dict[str, Any]] = []
+        blocks: List[Dict[str, Any]] = reasoning_of(m, kept)
         for p in m.parts:
             if isinstance(p, TextPart):
                 blocks.append({"type": "text", "text": p.text})
             elif isinstance(p, ImagePart):
                 blocks.append({"type": "image", "source": {"type": "base64", "media_type": p.mime, "data": p.data}})
             elif isinstance(p, CallPart):
-                blocks.append({"type": "tool_use", "id": p.id, "name": p.name, "input": json.loads(p.arguments or "{}")})
+                blocks.append({"type": "tool_use", "id": p.id, "name": p.name, "input": arguments_of(p)})
             else:
                 blocks.append({"type": "tool_result", "tool_use_id": p.id, "content": p.text})
         if m.role == "system" or all(b["type"] == "text" and not b["text"].strip() for b in blocks):
@@ -2330,7 +2736,7 @@ def anthropic_messages(messages: Sequence[Message]) -> List[Dict[str, Any]]:
     return out
 
 
-def gemini_contents(messages: Sequence[Message]) -> List[Dict[str, Any]]:
+def gemini_contents(messages: Sequence[Message], kept: Kept = nothing_kept) -> List[Dict[str, Any]]:
     """Gemini API contents (ai.google.dev/api/generate-content). System messages travel elsewhere there, so they are left out."""
     out = []
     names = {p.id: p.name for m in messages for p in m.parts if isinstance(p, CallPart)}    # an OpenAI tool message has only the id
@@ -2342,7 +2748,7 @@ def gemini_contents(messages: Sequence[Message]) -> List[Dict[str, Any]]:
             elif isinstance(p, ImagePart):
                 parts.append({"inlineData": {"mimeType": p.mime, "data": p.data}})
             elif isinstance(p, CallPart):
-                parts.append({"functionCall": {"id": p.id, "name": p.name, "args": json.loads(p.arguments or "{}")}})
+                parts.append({"functionCall": {"id": p.id, "name": p.name, "args": arguments_of(p)}})
             else:
                 parts.append({"functionResponse": {"id": p.id, "name": p.name or names.get(p.id, ""), "response": {"output": p.text}}})
         if m.role != "system":
@@ -2350,7 +2756,7 @@ def gemini_contents(messages: Sequence[Message]) -> List[Dict[str, Any]]:
     return out
 
 
-def openai_messages(messages: Sequence[Message]) -> List[Dict[str, Any]]:
+def openai_messages(messages: Sequence[Message], kept: Kept = nothing_kept) -> List[Dict[str, Any]]:
     """Chat completions messages (platform.openai.com/docs/api-reference/chat), as the client would have sent them."""
     out: List[Dict[str, Any]] = []
     for m in messages:
@@ -2373,11 +2779,12 @@ def openai_messages(messages: Sequence[Message]) -> List[Dict[str, Any]]:
     return out
 
 
-def responses_items(messages: Sequence[Message]) -> List[Dict[str, Any]]:
+def responses_items(messages: Sequence[Message], kept: Kept = nothing_kept) -> List[Dict[str, Any]]:
     """Responses API input items (platform.openai.com/docs/api-reference/responses); a system message is role developer there."""
     out: List[Dict[str, Any]] = []
     for m in messages:
         kind = "output_text" if m.role == "assistant" else "input_text"
+        out += reasoning_of(m, kept)
         content = [{"type": kind, "text": p.text} if isinstance(p, TextPart) else
                    {"type": "input_image", "image_url": f"data:{p.mime};base64,{p.data}"}
                    for p in m.parts if isinstance(p, (TextPart, ImagePart))]
@@ -2402,7 +2809,7 @@ def transcript(messages: Sequence[Message], guard: Optional[str] = None) -> str:
     return "\n\n".join(blocks) + "\n\n<assistant>\n"
 
 
-WIRE_FORMATS: Dict[str, Callable[[Sequence[Message]], List[Dict[str, Any]]]] = {
+WIRE_FORMATS: Dict[str, Callable[[Sequence[Message], Kept], List[Dict[str, Any]]]] = {
     "anthropic": anthropic_messages, "gemini": gemini_contents, "openai": openai_messages, "responses": responses_items}
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING"})()      # a hole that nothing fills: what holds it is left out
 
@@ -2450,6 +2857,13 @@ class Variables:
         plain = len(said) == 1 and said[0].role == "user" and all(isinstance(p, TextPart) for p in said[0].parts) and bool(said[0].text.strip())
         systems = [m.text for m in messages if m.role == "system" and m.text]
         form = turn.request.params.get("response_format") or {}
+        remembered, whose = outside.get("kept", {}), (turn.provider.name, turn.model, turn.request.key_id)
+        self._kept: Kept = lambda id: remembered.get((*whose, id), ())
+        asked = next((m for m in reversed(messages) if any(isinstance(p, CallPart) for p in m.parts)), None)
+        answered = bool(messages) and any(isinstance(p, ResultPart) for p in messages[-1].parts)
+        choice, alone = turn.request.params.get("tool_choice"), turn.request.params.get("parallel_tool_calls") is False
+        self._own = strategy.row.get("own", {})
+        self._tools, self._prefix, self._choice = turn.request.tools, (strategy.tools or {}).get("prefix", ""), (choice, alone)
         self._values: Dict[str, Any] = {
             "dir": place, "self": os.path.abspath(__file__), "python": sys.executable, "uuid": str(uuid.uuid4()), "short": uuid.uuid4().hex[:8],
             "model": turn.model or MISSING, "system": "\n\n".join(systems) or MISSING, "prompt": prompt if prompt else MISSING,
@@ -2457,7 +2871,9 @@ class Variables:
             "json_mime": "application/json" if form.get("type") in ("json_object", "json_schema") else MISSING,
             "history": True if self._history else MISSING,
             "plain": True if plain and not (guard and re.match(guard, said[0].text)) else MISSING,
-            "ends_in_result": True if messages and any(isinstance(p, ResultPart) for p in messages[-1].parts) else MISSING}
+            "ends_in_result": True if answered else MISSING, "tools": True if turn.request.tools else MISSING, "parallel": False if alone else MISSING,
+            "forced": "yes" if choice == "required" or isinstance(choice, dict) else MISSING,
+            "unkept": "yes" if answered and asked is not None and not reasoning_of(asked, self._kept) else MISSING}
         self._derived, self._guard, self._profile = turn.provider.row.get("derive", {}), guard, turn.provider.row.get("profile", {})
         self._model = turn.model or ""
 
@@ -2467,10 +2883,17 @@ class Variables:
     def lookup(self, name: str, arg: str) -> Any:
         if name in WIRE_GROUPS and arg:
             messages = {"messages": self._request.messages, "history": self._history, "last": self._last, "new": self._new}[name]
-            shaped = WIRE_FORMATS[arg](messages)
+            shaped = WIRE_FORMATS[arg](messages, self._kept)
             if name == "last":
                 return shaped[0]["content"] if shaped and shaped[0]["role"] == "user" else MISSING
             return shaped or MISSING
+        if name == "own":
+            return self._own.get(arg, MISSING)
+        if name == "tools" and arg:
+            return TOOL_FORMATS[arg](self._tools, self._prefix) or MISSING
+        if name == "choice":
+            choice = CHOICE_FORMATS[arg](*self._choice) if self._tools else None
+            return MISSING if choice is None else choice
         if name == "file":
             return self._files.get(arg, MISSING)
         if name == "env":
@@ -2481,7 +2904,8 @@ class Variables:
             return transcript(self._request.messages, self._guard)
         if name in self._derived:
             row = self._derived[name]
-            return derived(row, self._model if row["from"] == "model" else self._request.params.get(row["from"]), self._model)
+            value = self._model if row["from"] == "model" else self._values[row["from"]] if row["from"] in self._values else self._request.params.get(row["from"])
+            return MISSING if value is MISSING else derived(row, value, self._model)
         if name in PARAMETERS:
             value = self._request.params.get(name)
             return MISSING if value is None else value
@@ -2867,6 +3291,9 @@ class RuleReader:
     def __init__(self, turn: Turn, strategy: Strategy):
         self._provider, self._strategy = turn.provider, strategy
         self._held, self._reset, self._seen_text, self._unknown = "", None, False, 0    # type: Tuple[str, Optional[float], bool, int]
+        self._has_tools = bool(turn.request.tools)
+        self._calls: Dict[Any, int] = {}            # what the CLI calls a tool call by -> its index
+        self._reasoning: List[Any] = []             # what led to them, and has to be replayed with them
 
     def _ended(self, kill: bool) -> None:
         """The answer is complete; with `kill` the CLI would go on by itself and must not."""
@@ -2885,18 +3312,21 @@ class RuleReader:
 
     def _read_line(self, line: Dict[str, Any]) -> Iterator[Event]:
         """The events that one line means, by the first rule that fits. Raises the error that it reports."""
-        line["@text"], line["@held"] = self._seen_text, self._held or None
-        for rule in self._strategy.events:
-            if rule.fits(line):
-                yield from self._obey(rule, line)
-                return
-        self._unknown += 1
+        rule = self._rule_for(line)
+        if rule is None:
+            self._unknown += 1
+        else:
+            yield from self._obey(rule, line)
+
+    def _rule_for(self, line: Dict[str, Any]) -> Optional[EventRule]:
+        line["@text"], line["@held"], line["@calls"], line["@tools"] = self._seen_text, self._held or None, bool(self._calls), self._has_tools
+        return next((rule for rule in self._strategy.events if rule.fits(line)), None)
 
     def _obey(self, rule: EventRule, line: Mapping[str, Any]) -> Iterator[Event]:
         row, paths = rule.row, rule.paths
         if "error" in row:
             raise self._reported(rule, line)
-        if "must_be_empty" in paths and dig(line, paths["must_be_empty"]):
+        if "must_be_empty" in paths and not self._ours(dig(line, paths["must_be_empty"])):
             raise Crashed(f"{self._provider.name} started with tools switched on", _show(dig(line, paths["must_be_empty"])),
                           "it was stopped, because behind this proxy a CLI is a model and no agent: check its version with `cliproxy.py doctor`")
         if "reset" in paths:
@@ -2913,6 +3343,10 @@ class RuleReader:
                     self._held = ""
                 self._seen_text = self._seen_text or cls is Text
                 yield cls(value)
+        if "keep" in paths and dig(line, paths["keep"]):
+            self._reasoning.append(dig(line, paths["keep"]))
+        if "call" in row:
+            yield from self._called(**{"id": None, "index": None, "name": None, **self._call_in(rule, line)})
         if rule.usage:
             yield Usage(**{key: self._count(line, where) for key, where in rule.usage.items()})
         if "done" in row:
@@ -2920,6 +3354,26 @@ class RuleReader:
                 yield Text(self._held)
             self._ended(bool(row.get("kill")))
             yield Done(row["done"])
+
+    def _call_in(self, rule: EventRule, line: Mapping[str, Any]) -> Dict[str, Any]:
+        """{id, index, name, arguments} of the call that the line tells of."""
+        return rule.call(line)
+
+    def _called(self, id: Any, index: Any, name: Any, arguments: str) -> Iterator[Event]:
+        """A tool call, or a piece of one that is known by its `index`, or else its `id`; without either it is whole."""
+        key = index if index is not None else id if id is not None else object()
+        if key not in self._calls:
+            if not isinstance(name, str):
+                return                              # of something that is no call
+            self._calls[key] = len(self._calls)
+            yield Call(self._calls[key], id if isinstance(id, str) and id else "call_" + uuid.uuid4().hex[:24], name)
+        if arguments:
+            yield Call(self._calls[key], arguments=arguments)
+
+    def _ours(self, tools: Any) -> bool:
+        """Are these no tools, or the client's only?"""
+        prefix = (self._strategy.tools or {}).get("prefix")
+        return not tools or bool(prefix) and isinstance(tools, list) and all(isinstance(name, str) and name.startswith(prefix) for name in tools)
 
     @staticmethod
     def _count(line: Mapping[str, Any], where: Sequence[Sequence[str]]) -> Optional[int]:
@@ -3491,6 +3945,8 @@ class Talk(RuleReader):
         self._files: List[str] = []
         self._end = LineTest(strategy.row["ends"]) if "ends" in strategy.row else None
         self._said: List[str] = []
+        self._made: Dict[int, CallPart] = {}        # the calls of the answer
+        self._served: Tuple[str, str, str] = ("", "", "")       # path, URL, token of its tools at the tool server
         self._opening = not conversation.seen and not conversation.spare
         self._box.overflow = self._give_up
         self._settling, self._over = threading.Lock(), False
@@ -3515,6 +3971,8 @@ class Talk(RuleReader):
             return True if self._talk.seen else MISSING
         if name == "dir":
             return self._resident.place
+        if name in ("mcp_url", "mcp_token"):
+            return self._served[1 if name == "mcp_url" else 2] or MISSING
         return self._variables.lookup(name, arg)
 
     def run(self, phase: str) -> None:
@@ -3527,7 +3985,7 @@ class Talk(RuleReader):
     def _step(self, step: Mapping[str, Any], lookup: Lookup) -> None:
         """Lines are gathered and written when something has to be waited for, so that a turn is one write where it can be.
 
-        lock, session, files and replace, call | notify | line, until | await | updates, remove, unlock; and for: the steps for each
+        lock, session, serve, files and replace, call | notify | line, until | await | updates, remove, unlock; and for: the steps for each
         message. `files` go when the turn has ended, what is in `replace` stays."""
         if _absent(step, lookup):
             return
@@ -3537,6 +3995,8 @@ class Talk(RuleReader):
             self._scope.enter("start")
         if "session" in step:
             self._name(fill(step["session"], lookup))
+        if "serve" in step:
+            self._served = self._resident.pool.tool_server.open(lookup(*step["serve"].partition(":")[::2]))
         for name, spec in {**step.get("files", {}), **step.get("replace", {})}.items():
             try:
                 path = write_file(self._resident.place, name, spec, lookup)
@@ -3628,7 +4088,7 @@ class Talk(RuleReader):
         if number in self._talk.calls:
             self._take_result(number, line)
         elif self._wire.asks(line):
-            self._reply(line)
+            self._reply(line, self._rule_for(line))
         else:
             self._settle_end(line)
             self._updates += self._update is not None and self._update.fits(line)
@@ -3654,20 +4114,36 @@ class Talk(RuleReader):
     def _refused(self, line: Mapping[str, Any]) -> Exception:
         """The error that a failed call means."""
         if self._wire.incompatible(line):
-            return FormatChanged(" ".join(json.dumps(line)[:300].split()))
+            words = " ".join(json.dumps(line)[:300].split())
+            return ResidentUnavailable(words) if self._turn.request.tools else FormatChanged(words)     # it may be a tool that it does not take
         rule = EventRule({"if": {}, "error": self._strategy.row.get("failure", {"message": ["response.error", "error.message"]})})
         error = self._reported(rule, line)
         return FormatChanged(error.message) if type(error) is ProviderError and not self._asked else error
 
-    def _reply(self, line: Mapping[str, Any]) -> None:
-        """Answer the CLI's own question: a permission is denied by the first option that rejects, all else is refused."""
-        for rule in self._strategy.events:
-            if "reject" in rule.paths and rule.fits(line):
-                options = dig(line, rule.paths["reject"])
-                chosen = next((o.get("optionId") for o in options if str(o.get("kind", "")).startswith("reject")), None) if isinstance(options, list) else None
-                outcome = {"outcome": "selected", "optionId": chosen} if chosen else {"outcome": "cancelled"}
-                return self._resident.send([self._wire.reply(line, {"outcome": outcome})])
-        self._resident.send([self._wire.reply(line, None)])
+    def _reply(self, line: Mapping[str, Any], rule: Optional[EventRule]) -> None:
+        """Answer the CLI's own question as its rule says: with a `reply`, with the first option that rejects, or, if it is to be skipped,
+        not at all. What no rule knows is refused."""
+        row, result = rule.row if rule else {}, None        # type: Tuple[Mapping[str, Any], Any]
+        if row.get("cancel") and self._asked:
+            self._cancel()
+        if rule is not None and "reject" in rule.paths:
+            options = dig(line, rule.paths["reject"])
+            chosen = next((o.get("optionId") for o in options if str(o.get("kind", "")).startswith("reject")), None) if isinstance(options, list) else None
+            result = {"outcome": {"outcome": "selected", "optionId": chosen} if chosen else {"outcome": "cancelled"}}
+        elif "reply" in row:
+            result = fill(row["reply"], lambda name, arg: self._in_line(line, name, arg))
+        if result is not None or not row.get("skip"):
+            self._resident.send([self._wire.reply(line, result)])
+
+    def _in_line(self, line: Mapping[str, Any], name: str, arg: str) -> Any:
+        """What a hole in a reply stands for: something in the line that is replied to, what our MCP server says to it, or as in a step."""
+        if name not in ("line", "mcp"):
+            return self.lookup(name, arg)
+        value = dig(line, arg.split("."))
+        if name == "mcp" and isinstance(value, dict):
+            tools = self._variables.lookup("tools", "mcp")
+            value = mcp_answer(value, [] if tools is MISSING else tools) or {"jsonrpc": "2.0", "id": 0, "result": {}}
+        return MISSING if value is None else value
 
     def _settle_end(self, line: Mapping[str, Any]) -> None:
         if self._end is not None and self._end.fits(line):
@@ -3687,6 +4163,13 @@ class Talk(RuleReader):
                 os.unlink(path)
 
     # --- the answer ---
+
+    def _call_in(self, rule: EventRule, line: Mapping[str, Any]) -> Dict[str, Any]:
+        """For `served`: the next call that the CLI has made at our tool server, because what it says of it is for people, and shortened."""
+        if not rule.row["call"].get("served"):
+            return rule.call(line)
+        call = self._resident.pool.tool_server.taken(self._served[0])
+        return {"name": call["name"], "arguments": rule.arguments(call.get("arguments"))} if call else {"arguments": ""}
 
     def events(self) -> Iterator[Event]:
         """Events as they come, a Done last. Closing it interrupts the turn; the process survives."""
@@ -3740,7 +4223,9 @@ class Talk(RuleReader):
             self._talk.calls.discard(number)
             self._asked = False
         elif self._wire.asks(line):
-            return self._reply(line)
+            rule = self._rule_for(line)
+            yield from self._heard_events(self._obey(rule, line)) if rule else ()
+            return self._reply(line, rule)
         elif line.keys() == {"@log"}:
             if line["@log"] is None:
                 raise broke_off(self._provider)
@@ -3748,13 +4233,20 @@ class Talk(RuleReader):
                 f"{self._provider.name} failed", line["@log"]["message"], ProviderError.advice)
         else:
             self._settle_end(line)
-        self._scope.enter("idle" if self._seen_text else "first")
-        for event in self._read_line(line):
+        self._scope.enter("idle" if self._seen_text or self._calls else "first")
+        yield from self._heard_events(self._read_line(line))
+
+    def _heard_events(self, events: Iterator[Event]) -> Iterator[Event]:
+        """The same events, noted down for whoever goes on with the conversation."""
+        for event in events:
             self._talk.mute = False
             if isinstance(event, Text):
                 self._said.append(event.text)
+            elif isinstance(event, Call):
+                made = self._made.setdefault(event.index, CallPart(event.id, event.name, ""))
+                self._made[event.index] = replace(made, arguments=made.arguments + event.arguments)
             self._thought = self._thought or isinstance(event, Thinking)
-            if isinstance(event, Done) and not self._seen_text and self._unknown:
+            if isinstance(event, Done) and not self._seen_text and not self._calls and self._unknown:
                 raise FormatChanged(f"{self._unknown} lines of unknown types and no text")
             yield event
 
@@ -3789,13 +4281,18 @@ class Talk(RuleReader):
         self._settle(line)
 
     def _finish(self) -> None:
-        """The answer is whole: the conversation may be gone on with, if what it holds is what the client has seen."""
-        self._asked = False
+        """The answer is whole: the conversation may be gone on with, if what it holds is what the client has seen. After calls reasoning
+        does not count against that: services want it to stay with them."""
+        self._asked = self._asked and bool(self._made) and not {call.name for call in self._made.values()} <= {tool.name for tool in self._turn.request.tools}
         self._talk.turns += 1
-        messages = self._turn.request.messages
+        messages, request, calls = self._turn.request.messages, self._turn.request, tuple(self._made.values())
         self._talk.seen = len(messages) + 1
-        if self._resident.settings["live"] and not self._thought and self._said:
-            self._talk.key = conversation_key(self._turn, (*messages, Message("assistant", (TextPart("".join(self._said)),))))
+        said = (TextPart("".join(self._said)),) if self._said else ()
+        for call in calls[:1] if self._reasoning else ():
+            self._resident.pool.kept.keep((self._provider.name, self._turn.model, request.key_id, call.id), self._reasoning)
+        may = (self._strategy.tools or {}).get("live") and not self._asked if calls else not self._thought and bool(said)
+        if self._resident.settings["live"] and may:
+            self._talk.key = conversation_key(self._turn, (*messages, Message("assistant", (*said, *calls))))
 
     def _leave(self, finished: bool) -> None:
         """However the turn ended: interrupt it if it is still going, and let the resident's thread see to the rest."""
@@ -3831,7 +4328,7 @@ class Talk(RuleReader):
                 if number is not None:
                     self._settle_call(number, line)
                 elif self._wire.asks(line):
-                    self._reply(line)
+                    self._reply(line, self._rule_for(line))
                 else:
                     self._settle_end(line)
             if not talk.settled():
@@ -3861,9 +4358,11 @@ class Talk(RuleReader):
         self._resident.detach(self._talk)
 
     def clean_up(self) -> None:
-        """Give back the lock and remove what the turn wrote."""
+        """Give back the lock and remove what the turn wrote, and what was served for it."""
         if self._locked:
             self._unlock()
+        if self._served[0]:
+            self._resident.pool.tool_server.close(self._served[0])
         files, self._files = self._files, []
         for path in files:
             self._remove(path)
@@ -3882,8 +4381,37 @@ def joined(events: Sequence[Event]) -> Iterator[Event]:
 
 def conversation_key(turn: Turn, messages: Sequence[Message]) -> str:
     """Names what was said so far, by whom, to which model, under which parameters: equal keys mean the same next prompt."""
-    said = repr((turn.request.key_id, turn.provider.name, turn.model, sorted(turn.request.params.items(), key=str), tuple(messages)))
+    said = repr((turn.request.key_id, turn.provider.name, turn.model, sorted(turn.request.params.items(), key=str), turn.request.tools,
+                 [replace(m, parts=tuple(same_call(p) if isinstance(p, CallPart) else p for p in m.parts)) for m in messages]))
     return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()
+
+
+def same_call(call: CallPart) -> CallPart:
+    """The call with its arguments in one of the forms that mean the same: clients read them and write them anew."""
+    try:
+        return replace(call, arguments=json.dumps(json.loads(call.arguments or "{}"), sort_keys=True))
+    except ValueError:
+        return call
+
+
+MAX_KEPT = 1000             # calls whose reasoning is remembered
+
+
+class Keepsakes:
+    """What models reasoned before their calls, by provider, model, key and the id of the first call, for when that is replayed. A service can
+    tell whether it is its own (Anthropic signs it, OpenAI encrypts it) and may refuse a call without it. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock, self._items = threading.Lock(), {}      # type: Tuple[threading.Lock, Dict[Tuple[str, ...], Sequence[Any]]]
+
+    def keep(self, key: Tuple[str, ...], items: Sequence[Any]) -> None:
+        with self._lock:
+            self._items[key] = items
+            while len(self._items) > MAX_KEPT:
+                self._items.pop(next(iter(self._items)))
+
+    def get(self, key: Tuple[str, ...], default: Sequence[Any]) -> Sequence[Any]:
+        return self._items.get(key, default)
 
 
 @dataclass(frozen=True)
@@ -3922,6 +4450,7 @@ class Pool:
     def __init__(self, spawner: Spawner, launch: Callable[[Resident], None], variables: Callable[..., Variables], log: Callable[..., None],
                  limit: Callable[[str, Limit], None]):
         self.spawner, self._launch, self._variables, self._log, self.limit = spawner, launch, variables, log, limit
+        self.tool_server, self.kept = ToolServer(), Keepsakes()
         self._lock = threading.Lock()
         self._groups: Dict[Tuple[str, str], Group] = {}
         self._live: Dict[str, Conversation] = {}        # oldest first
@@ -4068,7 +4597,7 @@ class Pool:
             self._keep_warm(group)
 
     def _group(self, provider: Provider, strategy: Strategy) -> Group:
-        key = (provider.name, strategy.driver)
+        key = (provider.name, strategy.name)
         if key not in self._groups:
             self._groups[key] = Group(provider, strategy)
         if self._keeper is None:
@@ -4110,7 +4639,7 @@ class Pool:
                 if older.state == "ready" and not resident.exclusive and (older.worn() or not resident.profiles.keys() <= older.profiles.keys()):
                     older.state = "worn"
             worn = [r for r in group.residents if r.state == "worn" and not r.busy]
-        self._log(event="resident-ready", provider=group.provider.name, strategy=group.strategy.driver,
+        self._log(event="resident-ready", provider=group.provider.name, strategy=group.strategy.name,
                   pid=resident.child.pid, ms=round((time.monotonic() - resident.born) * 1000))
         for older in worn:
             older.stop()
@@ -4138,7 +4667,7 @@ class Pool:
             group.not_before = max(time.monotonic() + seconds, group.not_before)
             if resident in group.residents:
                 group.residents.remove(resident)
-        self._log(level="warning", event="resident-failed", provider=group.provider.name, strategy=group.strategy.driver, why=why, retry_in=round(seconds))
+        self._log(level="warning", event="resident-failed", provider=group.provider.name, strategy=group.strategy.name, why=why, retry_in=round(seconds))
         self._wake()
 
     def ended(self, resident: Resident, planned: bool) -> None:
@@ -4156,7 +4685,7 @@ class Pool:
         if quick:
             self._back_off(group, resident, f"it ended with status {status} before it had served anything")
         else:
-            self._log(level="warning", event="resident-ended", provider=resident.provider.name, strategy=resident.strategy.driver, status=status,
+            self._log(level="warning", event="resident-ended", provider=resident.provider.name, strategy=resident.strategy.name, status=status,
                       turns=resident.turns, lost=len(resident.busy))
             self._wake()
         self._nudge.set()
@@ -5144,6 +5673,684 @@ class Breakers:
                     self._log(level="warning", event="state-unusable", kind="breakers", name=key, why=e.message)
 
 
+# === JSON schema =====================================================================================================
+# What a response_format asks for, where the CLI cannot be made to keep to it: the words that ask the model, the strict reading of its
+# answer, and where it departs from the schema. The keywords are those of OpenAI's structured outputs
+# (platform.openai.com/docs/guides/structured-outputs, "Supported schemas") and the plain ones of JSON Schema 2020-12. Answers and schemas
+# come from outside, so no error in them raises here: a keyword that is not understood demands nothing.
+
+MAX_DEPTH = 200             # levels of an answer, of a schema, and of steps through both: a stack of 1,000 frames takes twice as many
+_SHOWN = 80                 # characters of a value in a message
+_LISTED = 20                # values or names in a message
+_JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+_TYPE_WORDS = {"object": "an object", "array": "an array", "string": "a string", "boolean": "true or false", "number": "a number", "integer": "an integer",
+               "null": "null"}
+_FENCE = re.compile(r"```(?:[\w+-]*[ \t]*\n|(?i:json)?)(.*)```", re.S)
+
+
+@dataclass(frozen=True)
+class _Misfit:
+    """Where a value departs from its schema. `kind` is type or value (const, enum) if it tells one alternative of a union from another."""
+    path: Tuple[Union[str, int], ...]
+    expected: str
+    found: str
+    kind: str = ""
+
+    def __str__(self) -> str:
+        steps = (f"[{s}]" if isinstance(s, int) else f".{s}" if re.fullmatch(r"[A-Za-z_$][\w$]*", s, re.A) else f"[{_compact(s)}]" for s in self.path)
+        return f"${''.join(steps)}: expected {self.expected}, found {self.found}"
+
+
+class _TooDeep(Exception):
+    """A schema leads through more than MAX_DEPTH steps; the argument is the _Misfit that says so."""
+
+
+def schema_problem(value: Any, schema: Any) -> Optional[str]:
+    """None if the JSON value fits the JSON Schema, else where it does not: '$.items[2].price: expected a number, found "12"'.
+
+    Of a union it is the problem of the alternative that came furthest. A `$ref` may only lead into the schema itself (#, #/$defs/X ...);
+    one that leads nowhere demands nothing. `pattern` is read as JavaScript has it, and passed over if Python does not know the syntax."""
+    for what, nested in (("value", value), ("schema", schema)):
+        if _deeper_than(nested, MAX_DEPTH):
+            return f"$: expected a {what} of at most {MAX_DEPTH} levels, found one that is nested deeper"
+    try:
+        misfit = _misfit(value, schema, (), 0, schema, {})
+    except _TooDeep as e:
+        misfit = e.args[0]
+    return None if misfit is None else str(misfit)
+
+
+def _misfit(value: Any, schema: Any, path: Tuple[Union[str, int], ...], depth: int, root: Any, seen: Dict[Any, Optional[_Misfit]]) -> Optional[_Misfit]:
+    """The first misfit of the value that is at this path. One frame of the stack for each step, and no value is met by the same
+    `$ref` twice: this ends, in time that grows with the value times the schema, whatever the `$ref`s are."""
+    if schema is False:
+        return _Misfit(path, "nothing here", _shown(value))
+    if not isinstance(schema, dict):
+        return None
+    if depth >= MAX_DEPTH:
+        raise _TooDeep(_Misfit(path, f"at most {MAX_DEPTH} steps through the schema", "more"))
+    ref = schema.get("$ref")
+    if isinstance(ref, str):
+        if (ref, path) not in seen:
+            seen[ref, path] = None      # if it leads back here without a step into the value, it demands nothing more
+            seen[ref, path] = _misfit(value, _referred(root, ref), path, depth + 1, root, seen)
+        if seen[ref, path]:
+            return seen[ref, path]
+    misfit = _value_misfit(value, schema, path)
+    if misfit:
+        return misfit
+    for inner, its_schema, step in _inside(value, schema):
+        misfit = _misfit(inner, its_schema, path + step, depth + 1, root, seen)
+        if misfit:
+            return misfit
+    misfit = _names_misfit(value, schema, path)
+    if misfit:
+        return misfit
+    for keyword in ("anyOf", "oneOf"):
+        misfits: List[_Misfit] = []
+        branches = schema.get(keyword)
+        for branch in branches if isinstance(branches, list) else ():
+            misfit = _misfit(value, branch, path, depth + 1, root, seen)
+            misfits += [misfit] if misfit else []
+        fitting = len(branches) - len(misfits) if isinstance(branches, list) and branches else 1
+        if not fitting:
+            return _furthest(misfits, path)
+        if fitting > 1 and keyword == "oneOf":
+            return _Misfit(path, "what fits exactly one of the alternatives in oneOf", f"{_shown(value)}, which fits {fitting}")
+    if isinstance(schema.get("not"), (dict, bool)) and not _misfit(value, schema["not"], path, depth + 1, root, seen):
+        return _Misfit(path, f"nothing that fits {_shortened(_compact(schema['not']), 200)}", _shown(value))
+    return None
+
+
+def _referred(root: Any, ref: str) -> Any:
+    """What a `$ref` like #/$defs/X (RFC 6901) stands for; True, which everything fits, if there is no such thing."""
+    if ref != "#" and not ref.startswith("#/"):
+        return True
+    found = root
+    for step in urllib.parse.unquote(ref[1:]).split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict):
+            found = found.get(step, True)
+        else:
+            found = found[int(step)] if isinstance(found, list) and re.fullmatch("[0-9]{1,6}", step) and int(step) < len(found) else True
+    return found
+
+
+def _value_misfit(value: Any, schema: Mapping[str, Any], path: Tuple[Union[str, int], ...]) -> Optional[_Misfit]:
+    """What is wrong with the value, apart from what is inside of it."""
+    kind = _JSON_TYPES.get(type(value), "")
+    types = schema.get("type")
+    types = [types] if isinstance(types, str) else types
+    if isinstance(types, list) and types and all(isinstance(t, str) and t in _TYPE_WORDS for t in types):
+        whole = kind == "number" and (isinstance(value, int) or value.is_integer())
+        if kind not in types and not (whole and "integer" in types):
+            return _Misfit(path, " or ".join(_TYPE_WORDS[t] for t in types), _shown(value), "type")
+    if "const" in schema and _key(value) != _key(schema["const"]):
+        return _Misfit(path, _shortened(_compact(schema["const"]), 200), _shown(value), "value")
+    enum = schema.get("enum")
+    if isinstance(enum, list) and enum and _key(value) not in [_key(e) for e in enum]:
+        return _Misfit(path, ("one of " if len(enum) > 1 else "") + _listed(enum), _shown(value), "value")
+    for keyword, of, fits, words in _LIMITS:
+        limit = schema.get(keyword)
+        if of == kind and isinstance(limit, (int, float)) and not isinstance(limit, bool):
+            measured = value if kind == "number" else len(value)
+            if not fits(measured, limit):
+                return _Misfit(path, words % _shown(limit), _shown(measured))
+    if kind == "array" and schema.get("uniqueItems") is True:
+        first: Dict[Any, int] = {}
+        for i, item in enumerate(value):
+            if first.setdefault(_key(item), i) != i:
+                return _Misfit((*path, i), "an item unlike all before it", f"one equal to item {first[_key(item)]}, {_shown(item)}")
+    if kind == "string":
+        pattern, form = schema.get("pattern"), schema.get("format")
+        regex = _javascript_regex(pattern)
+        if regex and not regex.search(value):
+            return _Misfit(path, f"a string that matches {pattern}", _shown(value))
+        if isinstance(form, str) and form in _FORMATS and not _FORMATS[form][0](value):
+            return _Misfit(path, _FORMATS[form][1], _shown(value))
+    return None
+
+
+def _inside(value: Any, schema: Mapping[str, Any]) -> List[Tuple[Any, Any, Tuple[Union[str, int], ...]]]:
+    """(value, schema, step of the path) of all that has to fit besides. Properties of a fixed value come first: they tell which alternative
+    of a union was meant, so what else does not fit in the others is of no interest."""
+    found: List[Tuple[Any, Any, Tuple[Union[str, int], ...]]] = []
+    if isinstance(value, dict):
+        properties = _object(schema, "properties")
+        found += [(value[k], s, (k,)) for k, s in properties.items() if k in value]
+        found.sort(key=lambda f: not isinstance(f[1], dict) or not ("const" in f[1] or "enum" in f[1]))
+        for pattern, s in _object(schema, "patternProperties").items():
+            regex = _javascript_regex(pattern)
+            found += [(value[k], s, (k,)) for k in value if regex and regex.search(k)]
+        if isinstance(schema.get("additionalProperties"), dict):
+            found += [(value[k], schema["additionalProperties"], (k,)) for k in _additional(value, schema)]
+    elif isinstance(value, list):
+        first, rest = schema.get("prefixItems"), schema.get("items")
+        if isinstance(rest, list):              # before JSON Schema 2020-12
+            first, rest = rest, schema.get("additionalItems")
+        first = first if isinstance(first, list) else []
+        found += [(v, first[i] if i < len(first) else rest, (i,)) for i, v in enumerate(value)]
+    every = schema.get("allOf")
+    return found + [(value, s, ()) for s in (every if isinstance(every, list) else ())]
+
+
+def _names_misfit(value: Any, schema: Mapping[str, Any], path: Tuple[Union[str, int], ...]) -> Optional[_Misfit]:
+    """Which property of an object is missing, or one too many."""
+    if not isinstance(value, dict):
+        return None
+    required = schema.get("required")
+    for name in required if isinstance(required, list) else ():
+        if isinstance(name, str) and name not in value:
+            return _Misfit(path, f"the property {_shown(name)}", "none of that name")
+    more = _additional(value, schema) if schema.get("additionalProperties") is False else []
+    if more:
+        names = list(_object(schema, "properties"))
+        return _Misfit(path, f"no properties but {_listed(names)}" if names else "no such properties", f"also {_listed(more)}")
+    return None
+
+
+def _additional(value: Mapping[str, Any], schema: Mapping[str, Any]) -> List[str]:
+    """The properties that neither `properties` nor `patternProperties` speaks of; none if one of the patterns is not understood."""
+    properties, patterns = _object(schema, "properties"), [_javascript_regex(p) for p in _object(schema, "patternProperties")]
+    return [k for k in value if k not in properties and not any(p is None or p.search(k) for p in patterns)]
+
+
+def _object(schema: Mapping[str, Any], keyword: str) -> Mapping[str, Any]:
+    found = schema.get(keyword)
+    return found if isinstance(found, dict) else {}
+
+
+def _furthest(misfits: Sequence[_Misfit], path: Tuple[Union[str, int], ...]) -> _Misfit:
+    """The misfit of the alternative that was most likely meant: not one of another type, nor one that a property of a fixed value tells
+    apart, and of the others the deepest. Equal ones are joined: 'expected a string or null'."""
+    def rank(m: _Misfit) -> Tuple[int, int]:
+        other = 0 if m.kind and m.path == path else 1 if m.kind == "value" and len(m.path) == len(path) + 1 else 2
+        return other, len(m.path)
+    best = max(misfits, key=rank)
+    alike = {m.expected: m for m in misfits if (rank(m), m.path, m.found) == (rank(best), best.path, best.found)}
+    return replace(best, expected=" or ".join(list(alike)[:_LISTED]))
+
+
+def _deeper_than(value: Any, most: int) -> bool:
+    """Whether the JSON value is nested in more than so many levels. Without recursion: it is what the others rely on."""
+    level = [value]
+    for _ in range(most + 1):
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
+        if not level:
+            return False
+    return True
+
+
+def _key(value: Any) -> Any:
+    """Equal for JSON values that are equal (1 and 1.0, but not 1 and true), and with a hash."""
+    if isinstance(value, dict):
+        return frozenset(zip(value, map(_key, value.values())))
+    if isinstance(value, list):
+        return tuple(map(_key, value))
+    return (bool, value) if isinstance(value, bool) else value
+
+
+def _compact(value: Any) -> str:
+    """The value as JSON, without spaces. Half of a surrogate pair, which no UTF-8 can carry, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace").decode()
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def _shown(value: Any) -> str:
+    return _TYPE_WORDS[_JSON_TYPES[type(value)]] if isinstance(value, (dict, list)) else _shortened(_compact(value), _SHOWN)
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(_shortened(_compact(v), _SHOWN) for v in values[:_LISTED]) + (" ..." if len(values) > _LISTED else "")
+
+
+def _is_multiple(value: Union[int, float], of: Union[int, float]) -> bool:
+    """In decimal, as it is written: 0.3 is a multiple of 0.1."""
+    if not of > 0 or of == math.inf:
+        return True         # no such keyword
+    if value in (math.inf, -math.inf):
+        return False
+    number, divisor = (fractions.Fraction(repr(n) if isinstance(n, float) else n) for n in (value, of))
+    return number % divisor == 0
+
+
+# keyword, the type that it limits, whether a number, or the length of something else, keeps to it, in words
+_LIMITS: Sequence[Tuple[str, str, Callable[[Any, Any], bool], str]] = (
+    ("minimum", "number", lambda n, limit: n >= limit, "a number of at least %s"),
+    ("maximum", "number", lambda n, limit: n <= limit, "a number of at most %s"),
+    ("exclusiveMinimum", "number", lambda n, limit: n > limit, "a number above %s"),
+    ("exclusiveMaximum", "number", lambda n, limit: n < limit, "a number below %s"),
+    ("multipleOf", "number", _is_multiple, "a multiple of %s"),
+    ("minLength", "string", lambda n, limit: n >= limit, "a string of at least %s characters"),
+    ("maxLength", "string", lambda n, limit: n <= limit, "a string of at most %s characters"),
+    ("minItems", "array", lambda n, limit: n >= limit, "an array of at least %s items"),
+    ("maxItems", "array", lambda n, limit: n <= limit, "an array of at most %s items"),
+    ("minProperties", "object", lambda n, limit: n >= limit, "an object of at least %s properties"),
+    ("maxProperties", "object", lambda n, limit: n <= limit, "an object of at most %s properties"))
+_JAVASCRIPT = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\$|\(\?<(?=[A-Za-z_$])", re.S)
+
+
+_REPEATED_TWICE = re.compile(r"[+*}]\??[^(]*\)[+*{]")      # as in (a+)+, which may take for ever, and nobody else could be served meanwhile
+
+
+def _javascript_regex(pattern: Any) -> Optional[re.Pattern[str]]:
+    """The pattern as Python's re has it; None if it is not one, or has what re has not (as \\p{L}). Where they differ: $ is the very end
+    of the text in JavaScript, \\d and \\w are ASCII, (?<name> is (?P<name>, and [ has no meaning inside of [ ]."""
+    def python(m: re.Match[str]) -> str:
+        found = m.group()
+        if found[0] == "[":
+            return "[" + re.sub(r"\\.|[\[&|~]", lambda inner: inner.group() if inner.group()[0] == "\\" else "\\" + inner.group(), found[1:], flags=re.S)
+        return {"$": r"\Z", "(?<": "(?P<"}.get(found, found)
+    if not isinstance(pattern, str) or _REPEATED_TWICE.search(pattern):
+        return None
+    try:
+        return re.compile(_JAVASCRIPT.sub(python, pattern), re.A)
+    except (re.error, OverflowError, RecursionError):
+        return None
+
+
+def _is_date_time(text: str) -> bool:
+    m = re.fullmatch(r"([0-9-]{10})[Tt ](.*)", text, re.S)
+    return bool(m and _is_date(m.group(1)) and _is_time(m.group(2)) and re.search(r"(?:[Zz]|[+-]..:..)\Z", text))
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return bool(re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text) and datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+def _is_time(text: str) -> bool:
+    """RFC 3339 full-time, and one without an offset: much of what says `time` (Pydantic's) means the time of a day. 60 is a leap second."""
+    return bool(re.fullmatch(r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:(?:[0-5][0-9]|60)(?:\.[0-9]+)?(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])?", text))
+
+
+def _is_address(family: int, text: str) -> bool:
+    try:
+        return bool(socket.inet_pton(family, text))
+    except (OSError, ValueError):       # ValueError: a character that no address has
+        return False
+
+
+# format: whether a string has it, in words. Others demand nothing.
+_FORMATS: Mapping[str, Tuple[Callable[[str], Any], str]] = {
+    "date-time": (_is_date_time, "a date and time with its offset, like 2025-01-31T12:00:00Z"), "date": (_is_date, "a date, like 2025-01-31"),
+    "time": (_is_time, "a time, like 12:00:00Z"),
+    "duration": (
+        re.compile(r"P(?!\Z)(?:[0-9]+W|(?:[0-9]+Y)?(?:[0-9]+M)?(?:[0-9]+D)?(?:T(?=[0-9])(?:[0-9]+H)?(?:[0-9]+M)?(?:[0-9]+(?:[.,][0-9]+)?S)?)?)").fullmatch,
+        "an ISO 8601 duration, like P1DT2H30M"),
+    "email": (re.compile(r"[^\s@]+@[^\s@.]+(?:\.[^\s@.]+)*").fullmatch, "an e-mail address"),
+    "uuid": (re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch, "a UUID, like 123e4567-e89b-12d3-a456-426614174000"),
+    "ipv4": (lambda text: _is_address(socket.AF_INET, text), "an IPv4 address"), "ipv6": (lambda text: _is_address(socket.AF_INET6, text), "an IPv6 address")}
+
+
+def json_text(text: str) -> str:
+    """An answer without the white space and the one Markdown code fence around it."""
+    text = text.strip()
+    fenced = _FENCE.fullmatch(text)
+    return fenced.group(1).strip() if fenced else text
+
+
+def parsed_json(text: str) -> Any:
+    """The JSON value that is all of this answer, apart from white space and one code fence around it. ValueError says what else it is."""
+    text = json_text(text)
+    if not text:
+        raise ValueError("it is empty")
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"it is not JSON: {e.msg} at line {e.lineno} column {e.colno}") from None
+    except ValueError as e:
+        raise ValueError(f"it is not JSON: {e}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    """For 1e400, which Python reads as infinity and cannot write again."""
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
+
+
+JSON_PROMPT = """\
+Your answer is read by a program as JSON. Answer with one JSON value and nothing else: no words before or after it, no Markdown fence, no comments, \
+no trailing commas."""
+
+
+def json_prompt(form: Optional[Mapping[str, Any]]) -> str:
+    """The system message that asks for JSON: an object, or what `form`, the json_schema of a response_format (name, description, schema), says."""
+    if form is None:
+        return f"{JSON_PROMPT} The value is an object: the first character is {{ and the last is }}."
+    name, description = (form.get(key) if isinstance(form.get(key), str) else "" for key in ("name", "description"))
+    about = f" It is called {name}." * bool(name) + f" What it is for: {description}" * bool(description)
+    return (f"{JSON_PROMPT}{about}\nThe value has to be valid against this JSON Schema: give every required property, under exactly its name and of exactly "
+            f"its type. Do not repeat the schema.\n\n{_compact(form.get('schema', {}))}")
+
+
+def json_repair_prompt(problem: str) -> str:
+    """The user message that asks once more for JSON, with what schema_problem or parsed_json had to say of the answer before it."""
+    return (f"A program has read your answer and refused it: {problem}\nAnswer again with the whole value, corrected, as JSON and nothing else: no apology, no "
+            "explanation, no Markdown fence.")
+
+
+# === Tools in text ===================================================================================================
+# The client's tools for a CLI that has no way in for them: the model is told of them in words, its answer is a call if all of it is
+# {"tool_calls": [{"name": NAME, "arguments": {...}}]}, and the results come as words again. An answer is held back only while it may yet
+# be a call. One that sets out to be a call and is none is never half a call and never text: the model is asked once more.
+
+
+HELD_QUIET = 10.0           # seconds of holding text back after which the client is told that it is kept waiting
+
+
+class Unclear(Exception):
+    """An answer is not what was asked for: `problem` in words, its `text`, of which nothing has gone out, and what to say to the model."""
+
+    def __init__(self, problem: str, text: str, repair: str):
+        super().__init__(problem)
+        self.problem, self.text, self.repair = problem, text, repair
+
+
+TOOLS_PROMPT = """\
+You can call the tools listed here, one JSON object a line. A program runs them for you; they are not among any built-in tools you may have, and the \
+only way to call one is to write it as your answer.
+
+<tools>
+{tools}
+</tools>
+
+To call, your whole answer is exactly one JSON object of this form, with nothing before or after it: no words, no Markdown fence.
+{{"tool_calls": [{{"name": "NAME", "arguments": {{"PARAMETER": "VALUE"}}}}]}}
+NAME is the name of a tool from the list. arguments is an object that is valid against that tool's parameters, a JSON Schema; {{}} if there are none. \
+{how_many}
+Then stop. The result comes in the next user message, as <tool_result name="NAME" id="ID">...</tool_result>; never write or guess one yourself.
+{when}"""
+
+
+def tools_prompt(tools: Sequence[Tool], choice: Union[None, str, Mapping[str, str]], parallel: bool) -> str:
+    """The system message about the tools. `choice` is as in a Request's params; with "none" there is nothing to be told."""
+    rows = [_compact({"name": t.name, **({"description": t.description} if t.description else {}), "parameters": t.schema}) for t in tools]
+    when = "Otherwise, and when you have the results you need, answer in plain text. Never mix the two in one answer."
+    if choice == "required":
+        when = "This time you must call a tool: answer with such an object, not in plain text."
+    elif isinstance(choice, Mapping):
+        when = f"This time you must call the tool {choice['name']}: answer with such an object, not in plain text."
+    how_many = ("The list may hold several calls, if none of them needs the result of another." if parallel else
+                "The list holds exactly one call; if you need several, make one, and the next after its result.")
+    return TOOLS_PROMPT.format(tools="\n".join(rows), how_many=how_many, when=when)
+
+
+def messages_in_text(messages: Sequence[Message]) -> Tuple[Message, ...]:
+    """The conversation with its calls and results as text. Results in a row are one user message; what else stood in theirs comes after it.
+
+    A result belongs to the last call of its id, for some clients number calls anew in each turn."""
+    out: List[Message] = []
+    names: Dict[str, str] = {}
+    results: List[str] = []
+    for m in messages:
+        calls = [p for p in m.parts if isinstance(p, CallPart)]
+        results += [_result_text(p, names.get(p.id, "")) for p in m.parts if isinstance(p, ResultPart)]
+        rest: Tuple[Part, ...] = tuple(p for p in m.parts if not isinstance(p, (CallPart, ResultPart)))
+        if not rest and not calls and m.parts:
+            continue
+        if results:
+            out.append(Message("user", (TextPart("\n\n".join(results)),)))
+            results = []
+        if calls:
+            names.update((p.id, p.name) for p in calls)
+            said = (m.text + "\n" if m.text else "") + _calls_text(calls)
+            rest = (*(p for p in rest if not isinstance(p, TextPart)), TextPart(said))
+        same = len(rest) == len(m.parts) and not calls
+        out.append(m if same else replace(m, parts=rest, role="user" if m.role == "tool" else m.role))
+    return (*out, Message("user", (TextPart("\n\n".join(results)),))) if results else tuple(out)
+
+
+def _result_text(result: ResultPart, called: str) -> str:
+    return f'<tool_result name="{result.name or called}" id="{result.id}">\n{result.text}\n</tool_result>'
+
+
+def _calls_text(calls: Sequence[CallPart]) -> str:
+    """The answer that makes these calls. Arguments stay as the model wrote them, if they are an object."""
+    rows = []
+    for call in calls:
+        arguments = call.arguments.strip() or "{}"
+        try:
+            whole = isinstance(json.loads(arguments), dict)
+        except (ValueError, RecursionError):
+            whole = False
+        rows.append(f'{{"name": {_compact(call.name)}, "arguments": {arguments if whole else _compact(arguments)}}}')
+    return f'{{"tool_calls": [{", ".join(rows)}]}}'
+
+
+def _begun(*tokens: str) -> str:
+    """The pattern of all that these tokens may begin with, the empty text included."""
+    pattern = ""
+    for token in reversed(tokens):
+        pattern = f"(?:{token}{pattern})?"
+    return pattern
+
+
+_CALLS_HEAD = (r"\{", r"\s*", *'"tool_calls"', r"\s*", ":")
+_FENCE_HEAD = (*"```", r"[\w+-]*", r"\s*")
+_CALLS = re.compile(rf"\s*(?:{''.join(_FENCE_HEAD)})?{''.join(_CALLS_HEAD)}")
+_MAYBE_CALLS = re.compile(rf"\s*(?:{_begun(*_CALLS_HEAD)}|{_begun(*_FENCE_HEAD, *_CALLS_HEAD)})")
+
+
+def text_calls(events: Iterator[Event], tools: Sequence[Tool], parallel: bool, last: bool = False) -> Iterator[Event]:
+    """The same events, with a call instead of the text of an answer that is one, and then Done("tool_calls"). The first call only if not `parallel`.
+
+    Raises Unclear, before any Text, if the answer sets out to be a call but breaks off or cannot be read; if this was the `last` try it
+    is text like any other. Thinking, Usage and Limit are never held back. If `events` raises, what is held is lost: the client never had it."""
+    held: List[str] = []
+    called, passed, quiet = False, False, time.monotonic()
+    for event in events:
+        if isinstance(event, Text) and not passed:
+            held.append(event.text)
+            text = "" if called else "".join(held)
+            called = called or bool(_CALLS.match(text))
+            passed = not called and not _MAYBE_CALLS.fullmatch(text)
+            if not passed and time.monotonic() - quiet < HELD_QUIET:
+                continue
+            event = Text(text) if passed else Waiting()
+        elif isinstance(event, Done) and not passed:
+            text = "".join(held)
+            if called or "{" in text:
+                try:
+                    calls = _calls_in(text, event.reason, tools, last)[:None if parallel else 1]
+                except ValueError as e:
+                    if not last:
+                        raise Unclear(str(e), text, calls_repair_prompt(str(e))) from None
+                else:
+                    for i, (name, arguments) in enumerate(calls):
+                        yield Call(i, f"call_{uuid.uuid4().hex[:24]}", name)
+                        yield Call(i, arguments=arguments)
+                    event, text = Done("tool_calls"), ""
+            if text:
+                yield Text(text)
+        yield event
+        quiet = time.monotonic()
+
+
+def _calls_in(text: str, reason: str, tools: Sequence[Tool], lenient: bool) -> List[Tuple[str, str]]:
+    """(name, arguments as JSON) of each call in an answer. ValueError says what is wrong with it; `lenient` overlooks it if arguments do not fit
+    the schema of a strict tool. A call may also be written as OpenAI's API has it, with its name and its arguments in "function"."""
+    if reason in ("length", "content_filter"):
+        raise ValueError("it broke off before its end" if reason == "length" else "a content filter ended it")
+    answer, known, calls = parsed_json(text), {t.name: t for t in tools}, []
+    rows = answer["tool_calls"]         # _CALLS has seen it
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f'"tool_calls" is {_shown(rows)}, not an array of at least one call')
+    for i, row in enumerate(rows):
+        place = f"$.tool_calls[{i}]"
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} is {_shown(row)}, not an object")
+        call = row["function"] if isinstance(row.get("function"), dict) else row
+        name = call.get("name")
+        tool = known.get(name) if isinstance(name, str) else None
+        if tool is None:
+            raise ValueError(f"{place} has the name {_shown(name)}; the tools are {_listed(list(known))}")
+        arguments = next((call[key] for key in ("arguments", "parameters", "input") if key in call), None)
+        if isinstance(arguments, str):
+            try:
+                arguments = parsed_json(arguments)
+            except ValueError as e:
+                raise ValueError(f"the arguments of {place} are a string, and {e}") from None
+        if arguments is None and not tool.schema.get("required"):
+            arguments = {}
+        if not isinstance(arguments, dict):
+            raise ValueError(f"the arguments of {place} are {_shown(arguments)}, not an object")
+        if _deeper_than(arguments, MAX_DEPTH):
+            raise ValueError(f"the arguments of {place} are nested in more than {MAX_DEPTH} levels")
+        problem = schema_problem(arguments, tool.schema) if tool.strict and not lenient else None
+        if problem:
+            raise ValueError(f"the arguments of {place} do not fit the parameters of {name}: {problem}")
+        calls.append((tool.name, _compact(arguments)))
+    return calls
+
+
+def calls_repair_prompt(problem: str) -> str:
+    """The user message that asks once more, after an answer that set out to call tools but could not be read."""
+    return (f"Your answer looks like a tool call but could not be used, so nothing was run: {problem}\nAnswer again. To call tools: exactly one JSON object "
+            '{"tool_calls": [{"name": NAME, "arguments": {...}}]}, with nothing before or after it, no Markdown fence. If you meant no call: plain text.')
+
+
+# === In other words ==================================================================================================
+# What a provider has no way in for is asked for in words, and what comes of it is checked: see Router._asked, which asks once more.
+
+ANSWER_TOOL = Tool("give_answer", "Gives your answer to the user. Call it once, when the answer is complete; what you pass is all that the user sees.", {})
+NOT_STRICT = {"allOf", "oneOf", "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "patternProperties", "uniqueItems", "default"}
+
+
+def is_strict(schema: Any, root: bool = True) -> bool:
+    """Would OpenAI take this schema in strict mode (platform.openai.com/docs/guides/structured-outputs#supported-schemas)?"""
+    if not isinstance(schema, dict) or schema.keys() & NOT_STRICT or root and (schema.get("type") != "object" or "anyOf" in schema):
+        return False
+    properties = schema.get("properties", {})
+    if schema.get("type") == "object" or properties:
+        if schema.get("additionalProperties") is not False or not isinstance(properties, dict) or set(schema.get("required", ())) != set(properties):
+            return False
+    inner = [*properties.values(), *schema.get("$defs", {}).values(), *schema.get("definitions", {}).values(), *schema.get("anyOf", ()),
+             *([schema["items"]] if "items" in schema else ())]
+    return all(is_strict(one, False) for one in inner)
+
+
+def schema_of(form: Mapping[str, Any]) -> Any:
+    """The schema of a response_format; an object of any kind for JSON mode."""
+    return form["json_schema"]["schema"] if form["type"] == "json_schema" else {"type": "object"}
+
+
+def in_words(request: Request, how: Mapping[str, str], strategy: Strategy) -> Request:
+    """The request with what is to be emulated said in the system prompt, or, for JSON where the CLI has tools, as a tool that takes it."""
+    tools, messages, params, words = request.tools, request.messages, dict(request.params), []
+    choice, form, rules = params.get("tool_choice"), params.get("response_format"), strategy.tools or {}
+    if how.get("tools") == "emulated":
+        words += [tools_prompt(tools, choice, params.get("parallel_tool_calls") is not False)] if choice != "none" else []
+        messages, tools = messages_in_text(messages), ()
+    elif how.get("tool_choice") == "emulated":
+        tools, words = ((), words) if choice == "none" else (tools, [choice_prompt(choice, rules)])
+    if form is not None and how.get("response_format") == "emulated":
+        if rules.get("answers") and choice in (None, "required") and schema_of(form).get("type") == "object":
+            answer = replace(ANSWER_TOOL, name=next(name for name in (ANSWER_TOOL.name + "_" * n for n in itertools.count()) if name not in [t.name for t in tools]),
+                             schema=schema_of(form))
+            params["tool_choice"] = "required" if tools else {"name": answer.name}
+            tools = (*tools, answer)
+        else:
+            words.append(json_prompt(form["json_schema"] if form["type"] == "json_schema" else None))
+    lead = next((i for i, m in enumerate(messages) if m.role != "system"), len(messages))
+    messages = (*messages[:lead], *(Message("system", (TextPart(text),)) for text in words), *messages[lead:])
+    return replace(request, messages=messages, tools=tools, params=params)
+
+
+def choice_prompt(choice: Any, rules: Mapping[str, Any]) -> str:
+    """tool_choice in words, for a CLI that has tools but no such parameter."""
+    which = f"the tool {wire_name(choice['name'], {**TOOL_LIMITS, **rules})}" if isinstance(choice, dict) else "at least one of your tools"
+    return f"Your next answer has to be a call of {which}. Do not answer in text."
+
+
+def must_call(events: Iterator[Event], last: bool) -> Iterator[Event]:
+    """The same events of an answer that has to make a call; Unclear if it makes none, unless it was the last try."""
+    said: List[Event] = []
+    called = last
+    for event in held_quietly(events):
+        called = called or isinstance(event, Call)
+        if isinstance(event, Text) and not called:
+            said.append(event)
+            continue
+        if isinstance(event, Done) and event.reason == "stop" and not called:
+            raise Unclear("it calls no tool", "".join(e.text for e in said if isinstance(e, Text)), "You have not called a tool. Call it now, and do not answer in text.")
+        if called or isinstance(event, Done):
+            yield from said
+            said = []
+        yield event
+
+
+def answer_of(events: Iterator[Event], answers: Sequence[Tool]) -> Iterator[Event]:
+    """The same events, with what was passed to the tool that stands for the answer as the text, in place of any other; if tools of the
+    client's are called beside it, only they count."""
+    order: Dict[int, int] = {}              # index of a call of the client's -> its index without ours
+    ours, given, said = set(), [], []       # type: Tuple[Set[int], List[str], List[Event]]
+    for event in events:
+        if not answers:
+            yield event
+        elif isinstance(event, Text):
+            said.append(event)
+        elif isinstance(event, Call) and (event.index in ours or event.name == answers[0].name):
+            ours.add(event.index)
+            given.append(event.arguments)
+        elif isinstance(event, Call):
+            yield replace(event, index=order.setdefault(event.index, len(order)))
+        elif isinstance(event, Done) and ours and not order:
+            yield Text("".join(given))
+            yield Done("stop" if event.reason == "tool_calls" else event.reason)
+        else:
+            if isinstance(event, Done):
+                yield from said
+            yield event
+
+
+def checked_answer(events: Iterator[Event], form: Mapping[str, Any], hold: bool) -> Iterator[Event]:
+    """The same events of an answer that has to be JSON: it is checked before its Done. With `hold` none of it goes out before, and Unclear is
+    raised if it is not as `form` (a response_format) asks; without, InvalidAnswer."""
+    said: List[str] = []
+    for event in held_quietly(events) if hold else events:
+        if isinstance(event, Text):
+            said.append(event.text)
+            if hold:
+                continue
+        elif isinstance(event, Done):
+            text = "".join(said)
+            problem = json_problem(text, form) if event.reason == "stop" else None
+            if problem and hold:
+                raise Unclear(problem, text, json_repair_prompt(problem))
+            if problem:
+                raise InvalidAnswer("the answer is not what `response_format` asks for", problem, InvalidAnswer.advice)
+            if hold and text:
+                yield Refusal(text) if event.reason == "content_filter" else Text(json_text(text) if event.reason == "stop" else text)
+        yield event
+
+
+def json_problem(text: str, form: Mapping[str, Any]) -> Optional[str]:
+    """Where a text is not the JSON that a response_format asks for; None if it is."""
+    try:
+        value = parsed_json(text)
+    except ValueError as e:
+        return str(e)
+    return schema_problem(value, schema_of(form))
+
+
+def held_quietly(events: Iterator[Event]) -> Iterator[Event]:
+    """The same events, with a Waiting from time to time: to a client whose answer is held back it is silence, even while the model speaks."""
+    quiet = time.monotonic()
+    for event in events:
+        if time.monotonic() - quiet >= HELD_QUIET and not isinstance(event, Done):
+            quiet = time.monotonic()
+            yield Waiting()
+        yield event
+
+
 # === Router ==========================================================================================================
 # One answer out of the providers of a model name:
 #
@@ -5186,7 +6393,7 @@ def stop_at(events: Iterator[Event], stops: Sequence[str]) -> Iterator[Event]:
             if out:
                 yield Text(out)
             continue
-        if held and isinstance(event, Done):
+        if held and isinstance(event, (Call, Done)):
             yield Text(held)
             held = ""
         yield event
@@ -5294,9 +6501,6 @@ class Overlap:
         return not _LETTER.match(self.text[self.same]) or not self.whole and (self.cuts_words or self.same > 1)
 
 
-HELD_QUIET = 10.0           # seconds of holding text back after which the client is told that it is kept waiting
-
-
 def after_seam(events: Iterator[Event], said: str, cuts_words: bool) -> Iterator[Event]:
     """The events of an answer that goes on after `said`, without Thinking and without what repeats the end of `said`.
 
@@ -5307,8 +6511,8 @@ def after_seam(events: Iterator[Event], said: str, cuts_words: bool) -> Iterator
     for event in events:
         if isinstance(event, Thinking):
             continue
-        if not passed and isinstance(event, (Text, Done)):
-            ended = isinstance(event, Done)
+        if not passed and isinstance(event, (Text, Call, Done)):
+            ended = not isinstance(event, Text)
             held += "" if ended else event.text
             if repeated is None:
                 repeated = overlap.add([""] if ended else event.text)
@@ -5382,6 +6586,7 @@ class Attempt:
         self.session = ""                                   # a resident's conversation: live, spare or new
         self.params: Dict[str, str] = {}
         self.usage, self.finish, self.over = Usage(), "", False
+        self.spent = Usage()                                # on an answer that was asked for once more
         self.began = time.monotonic()
         self.queued = self.spawned = self.first = 0.0       # seconds since then
 
@@ -5399,12 +6604,12 @@ class Attempt:
             if isinstance(event, Limit):
                 limit(event)
                 continue
-            if isinstance(event, (Text, Thinking)):
+            if isinstance(event, SPOKEN):
                 self.first = self.first or self.since()
             if isinstance(event, Done):
                 if event.reason == "stop" and self.params.get("max_tokens") == "native" and most and (self.usage.output or 0) >= most:
                     event = Done("length")
-                self.finish = event.reason
+                self.usage = self.usage.plus(self.spent)
             yield event
 
 
@@ -5422,6 +6627,7 @@ class Answer:
         self.errors: List[ProxyError] = []
         self.seams: List[int] = []
         self.said: List[str] = []                               # the pieces of text that the client has
+        self.calls: Dict[int, CallPart] = {}                    # the tool calls, as far as it has them, by index
         self.thought = self.estimated = False
         self.checkpoint = ""                                    # which turns went out in summary
         self.total: Optional[Usage] = None                      # of the whole answer, once that is there
@@ -5429,9 +6635,15 @@ class Answer:
         self.events: Iterator[Event] = iter(())
 
     @property
-    def progress(self) -> Tuple[int, bool]:
-        """How much of the answer the client has; falsy in both parts: nothing."""
-        return len(self.said), self.thought
+    def progress(self) -> Tuple[int, bool, int]:
+        """How much of the answer the client has; falsy in all parts: nothing."""
+        return len(self.said), self.thought, len(self.calls)
+
+    @property
+    def message(self) -> Message:
+        """The answer so far, as a turn of the conversation."""
+        said = "".join(self.said)
+        return Message("assistant", (*((TextPart(said),) if said else ()), *(self.calls[index] for index in sorted(self.calls))))
 
     @property
     def usage(self) -> Usage:
@@ -5453,10 +6665,13 @@ class Answer:
             for event in events:
                 if self.failed_at and not isinstance(event, Waiting):
                     self.failover, self.failed_at = time.monotonic() - self.failed_at, 0.0
-                if isinstance(event, Text):
+                if isinstance(event, (Text, Refusal)):
                     self.said.append(event.text)
                 elif isinstance(event, Thinking):
                     self.thought = True
+                elif isinstance(event, Call):
+                    made = self.calls.setdefault(event.index, CallPart(event.id, event.name, ""))
+                    self.calls[event.index] = replace(made, arguments=made.arguments + event.arguments)
                 elif isinstance(event, Done):
                     self._estimate()
                 yield event
@@ -5470,6 +6685,7 @@ class Answer:
         if usage.input is None or usage.output is None or self.seams:
             self.estimated = True
             asked = "".join(p.text for m in self.request.messages for p in m.parts if isinstance(p, (TextPart, ResultPart)))
+            said += "".join(call.name + call.arguments for call in self.calls.values())
             usage = Usage(estimate_tokens(asked), estimate_tokens(said)).merged(usage)
         self.total = usage
 
@@ -5583,7 +6799,8 @@ MAX_SEAMS = 2               # how often an answer that broke off is continued
 CONTINUE = "Continue exactly where you stopped: begin with your last few words once more, then go on. Add no preface."
 RESIDENT_BROKEN = 600.0     # seconds until a resident strategy that broke is tried again
 WIRE_NAMES = {"stop_sequences": "stop", "reasoning_effort": "effort", "max_output_tokens": "max_tokens", "max_completion_tokens": "max_tokens"}
-INERT = {"n", "stream", "parallel_tool_calls"}      # given, obeyed by the dialect or without any effect here
+INERT = {"n", "stream"}     # given, obeyed by the dialect or without any effect here
+EMULATED = {"stop", "max_tokens", "tool_choice", "parallel_tool_calls", "response_format"}      # what no CLI has to have a way in for
 
 
 class Router:
@@ -5595,7 +6812,7 @@ class Router:
         self.hop, self._one_shot, self._routes, self._go_on = uuid.uuid4().hex, one_shot, routes or {}, go_on
         self.breakers, self.ledger = breakers or Breakers(log=log), Ledger()
         self.breakers.load(self.breaker_settings)
-        self._slots = {(name, s.driver): Slots(s.row.get("slots", p.row["slots"])) for name, p in providers.items() for s in p.strategies}
+        self._slots = {(name, s.name): Slots(s.row.get("slots", p.row["slots"])) for name, p in providers.items() for s in p.strategies}
         self.pool = Pool(spawner, self._launch_resident, lambda turn, strategy, seen: Variables(turn, strategy, "", self._around(turn.provider), seen), log, self.ledger.limit)
         self._lock = threading.Lock()
         self._broken: Dict[Tuple[str, str], Tuple[str, float]] = {}     # (provider, driver) -> the binary it broke with, until when
@@ -5723,13 +6940,15 @@ class Router:
 
     def _next(self, left: deque) -> Candidate:
         """The first candidate with a free slot, taken out; if none has one, the first."""
-        candidate = next((s for s in left if self._slots[s.provider.name, self._strategies(s.provider)[0].driver].free), left[0])
+        candidate = next((s for s in left if self._slots[s.provider.name, self._strategies(s.provider)[0].name].free), left[0])
         left.remove(candidate)
         return candidate
 
     def _may_go_on(self, answer: Answer, error: ProxyError) -> bool:
-        """Can another attempt go on with an answer that broke off? Not if it is to be JSON: no second beginning could be joined to it."""
-        return self._go_on and error.next_provider and len(answer.seams) < MAX_SEAMS and not (answer.said and "response_format" in answer.request.params)
+        """Can another attempt go on with an answer that broke off? Not if it is to be JSON: no second beginning could be joined to it; and
+        not once a call has begun."""
+        return self._go_on and error.next_provider and len(answer.seams) < MAX_SEAMS and not answer.calls and not (
+            answer.said and "response_format" in answer.request.params)
 
     @staticmethod
     def _continued(answer: Answer) -> Request:
@@ -5752,7 +6971,7 @@ class Router:
         with _closing(self._attempt(answer, attempt)) as events:
             if any(answer.progress):
                 events = after_seam(events, "".join(answer.said), cuts_words(answer.said))
-            elif "response_format" in answer.request.params and not answer.request.stream:
+            elif ("response_format" in answer.request.params or answer.request.tools) and not answer.request.stream:
                 events = all_or_nothing(events)
             for event in events:
                 if at and isinstance(event, Text):
@@ -5770,12 +6989,12 @@ class Router:
             attempt.scope.begin(self._limits(answer, provider, attempt.others), provider.name, answer.began)
             with contextlib.closing(self._down_the_strategies(attempt)) as events:
                 for event in events:
-                    if not spoke and isinstance(event, (Text, Thinking, Done)):
+                    if not spoke and isinstance(event, (*SPOKEN, Done)):
                         spoke = True
                         self.breakers.answered(key, admission)
                         admission = replace(admission, probe=False)
                     if isinstance(event, Done):
-                        outcome = "ok"
+                        outcome, attempt.finish = "ok", event.reason
                         self.logged_in[provider.name] = True        # whatever start-up has found
                         self.breakers.succeeded(key)
                     yield event
@@ -5836,7 +7055,7 @@ class Router:
                         waiting.add(self._start(answer, self._next(left), left, scopes, pullers, arrived))
                     elif winner is None and not waiting:
                         raise item
-                elif winner is None and isinstance(item, (Text, Thinking, Done)):
+                elif winner is None and isinstance(item, (*SPOKEN, Done)):
                     winner = answer.attempt = attempt
                     due = None
                     for other in waiting - {winner}:
@@ -5876,7 +7095,7 @@ class Router:
             strategy, committed = ways.popleft(), False
             attempt.strategy, attempt.params = strategy, self._params(turn, strategy)
             try:
-                for event in self._in_a_slot(attempt, strategy, binary):
+                for event in self._asked(attempt, strategy, binary):
                     committed = committed or not isinstance(event, Waiting)
                     yield event
                 return
@@ -5893,11 +7112,12 @@ class Router:
                 raise
             except ResidentUnavailable as e:
                 failure = failure or FormatChanged(str(e))
+                self._log(level="warning", event="step-down-once", provider=name, strategy=strategy.name, why=str(e))
             except FormatChanged as e:
                 failure = e
                 if self._works(name, strategy, identity):
-                    self._broken[name, strategy.driver] = identity, time.monotonic() + (RESIDENT_BROKEN if strategy.stays else FOREVER)
-                    self._log(level="warning", event="step-down", provider=name, strategy=strategy.driver, why=str(e),
+                    self._broken[name, strategy.name] = identity, time.monotonic() + (RESIDENT_BROKEN if strategy.stays else FOREVER)
+                    self._log(level="warning", event="step-down", provider=name, strategy=strategy.name, why=str(e),
                               hint="this version of the CLI prints what the rules do not know; run: cliproxy.py doctor --live")
                 if committed:
                     break
@@ -5907,13 +7127,15 @@ class Router:
     def _fitting(self, turn: Turn, identity: str) -> List[Strategy]:
         """The strategies that can carry this request, best first, without those that broke with this very binary."""
         has_images = any(isinstance(p, ImagePart) for m in turn.request.messages for p in m.parts)
-        fitting = [s for s in self._strategies(turn.provider) if s.images or not has_images]
+        fitting = [s for s in self._strategies(turn.provider) if (s.images or not has_images) and (turn.request.tools or not (s.tools or {}).get("only"))]
+        if turn.request.tools:
+            fitting.sort(key=lambda s: s.tools is None)
         if not fitting:
             raise Unfit(f"{turn.provider.name} cannot take images", "its CLI has no way in for them here", "send text only, or use another model", param="messages")
         return [s for s in fitting if self._works(turn.provider.name, s, identity)] or fitting
 
     def _works(self, name: str, strategy: Strategy, identity: str) -> bool:
-        broken, until = self._broken.get((name, strategy.driver), ("", 0.0))
+        broken, until = self._broken.get((name, strategy.name), ("", 0.0))
         return broken != identity or time.monotonic() >= until
 
     def _params(self, turn: Turn, strategy: Strategy) -> Dict[str, str]:
@@ -5923,7 +7145,9 @@ class Router:
             if name not in INERT:
                 refused = (turn.provider.name, turn.model, name) in self._refused
                 native = not refused and self._takes(turn, strategy, name)
-                out[name] = "native" if native else "emulated" if name in ("stop", "max_tokens") else "ignored"
+                out[name] = "native" if native else "emulated" if name in EMULATED else "ignored"
+        if turn.request.tools:
+            out["tools"] = "native" if strategy.tools else "emulated"
         ignored = [name for name, how in out.items() if how == "ignored"]
         if ignored and self._strict:
             raise Unfit(f"{turn.provider.name} has no way to honour {', '.join(ignored)}", "the proxy runs with --strict",
@@ -5934,27 +7158,65 @@ class Router:
     def _takes(turn: Turn, strategy: Strategy, name: str) -> bool:
         """Does this value of a parameter get to the CLI? Some take a JSON schema but no JSON mode, or an effort for some models only."""
         value = turn.request.params[name]
-        if name not in strategy.native or name in strategy.uses:
+        if turn.request.tools and name in (strategy.tools or {}).get("not_with", ()):
+            return False
+        if name not in strategy.native or name in strategy.uses or name in ("tool_choice", "parallel_tool_calls"):
             return name in strategy.native
         if name == "response_format":
+            if value["type"] == "json_schema" and strategy.row.get("strict_schemas") and not is_strict(value["json_schema"]["schema"]):
+                return False
             return ("schema" if value["type"] == "json_schema" else "json_mime") in strategy.uses
         rows = (row for var, row in turn.provider.row["derive"].items() if var in strategy.uses and row["from"] == name)
         return any(derived(row, value, turn.model) is not MISSING for row in rows)
 
-    def _in_a_slot(self, attempt: Attempt, strategy: Strategy, binary: str) -> Iterator[Event]:
+    def _asked(self, attempt: Attempt, strategy: Strategy, binary: str) -> Iterator[Event]:
+        """One strategy's answer in the form that the client wants. What the CLI has no way in for is asked for in words, and what comes
+        is checked; if it is not as it has to be, the model is told so and asked once more."""
+        request, how = attempt.turn.request, attempt.params
+        asked, form = in_words(request, how, strategy), request.params.get("response_format")
+        for last in (False, True):
+            with contextlib.closing(self._in_a_slot(attempt, replace(attempt.turn, request=asked), strategy, binary)) as source:
+                events: Iterator[Event] = source
+                if how.get("tools") == "emulated":
+                    events = text_calls(events, request.tools, request.params.get("parallel_tool_calls") is not False, last)
+                elif how.get("parallel_tool_calls") == "emulated" or request.old_functions:
+                    events = one_call(events)
+                if how.get("tools") == "native" and how.get("tool_choice") == "emulated" and request.params["tool_choice"] != "none":
+                    events = must_call(events, last)
+                if form is not None:
+                    events = answer_of(events, asked.tools[len(request.tools):])
+                    events = checked_answer(events, form, hold=not (request.stream and how["response_format"] == "native"))
+                try:
+                    yield from events
+                    return
+                except Unclear as e:
+                    if last:
+                        raise InvalidAnswer(f"the answer of {attempt.candidate.provider.name} is not what `response_format` asks for", e.problem, InvalidAnswer.advice) from None
+                    said, attempt.spent = e, attempt.usage
+                    self._log(event="asked-again", provider=attempt.candidate.key)         # not why: that may quote the answer
+            attempt.usage = Usage()
+            answered = (Message("assistant", (TextPart(said.text),)),) if said.text.strip() else ()
+            asked = replace(asked, messages=(*asked.messages, *answered, Message("user", (TextPart(said.repair),))))
+
+    def _in_a_slot(self, attempt: Attempt, turn: Turn, strategy: Strategy, binary: str) -> Iterator[Event]:
         """One strategy's answer, with what the CLI does not do itself, while a slot of the strategy is held."""
-        turn, params = attempt.turn, attempt.turn.request.params
-        slots = self._slots[turn.provider.name, strategy.driver]
+        params = turn.request.params
+        slots = self._slots[turn.provider.name, strategy.name]
         try:
             yield from slots.line(attempt.scope, turn.provider.name, turn.request.key_id)
         finally:
             attempt.queued = attempt.since()
         try:
             attempt.scope.enter("start")
-            given = replace(turn, request=replace(turn.request, params={k: v for k, v in params.items() if attempt.params.get(k) == "native"}))
+            request, names = replace(turn.request, params={k: v for k, v in params.items() if attempt.params.get(k, "native") == "native"}), {}    # type: Tuple[Request, Dict[str, str]]
+            if strategy.tools:
+                request, names = wired(request, strategy.tools)
+            given = replace(turn, request=request)
             source = self._from_resident(attempt, given, strategy) if strategy.stays else self._from_process(attempt, given, strategy, binary)
             with contextlib.closing(source):
                 events = whole_characters(source)
+                if strategy.tools:
+                    events = unwired(events, names, strategy.tools.get("prefix", ""))
                 if attempt.params.get("stop") == "emulated":
                     events = stop_at(events, params["stop"])
                 if attempt.params.get("max_tokens") == "emulated":
@@ -5968,7 +7230,7 @@ class Router:
 
     def _around(self, provider: Provider, binary: str = "") -> Dict[str, Any]:
         """What templates may use that has nothing to do with a request."""
-        return {"hop": self.hop, **self._outside(provider), **(self.prepared(provider, binary) if binary else {})}
+        return {"hop": self.hop, "kept": self.pool.kept, **self._outside(provider), **(self.prepared(provider, binary) if binary else {})}
 
     def _place(self, provider: Provider) -> str:
         return make_place(self.spawner.root, provider, lambda name, arg: os.environ.get(arg) or MISSING if name == "env" else MISSING)
@@ -6021,7 +7283,7 @@ class Router:
         anew = going_on if not seen else Variables(turn, strategy, "", self._around(turn.provider))
         fits = lambda v: not row.get("plain_only") or v.lookup("plain", "") is not MISSING        # noqa: E731
         key = conversation_key(turn, messages[:seen]) if 0 < seen < len(messages) and fits(going_on) else ""
-        spare_for = fill(row.get("resident", {}).get("spare_for", ""), anew.lookup) if fits(anew) else None
+        spare_for = fill(row.get("resident", {}).get("spare_for", ""), anew.lookup) if fits(anew) and not turn.request.tools else None
         conversation = yield from self.pool.lend(turn, strategy, key, spare_for, self._profile(turn, strategy, anew), attempt.scope)
         attempt.session = "live" if conversation.seen else "spare" if conversation.spare else "new"
         return conversation, going_on if conversation.seen else anew
@@ -6041,6 +7303,10 @@ class Router:
         """Start the process of a resident, in a place of its own."""
         provider, strategy, binary = resident.provider, resident.strategy, resident.provider.binary(os.environ) or ""
         nothing = Request("", (), {})
+        for model, params in itertools.product(provider.row["models"].get("names", []), strategy.row.get("profiles", ())):
+            likely = Turn(provider, model, replace(nothing, params=params, tools=(ANSWER_TOOL,)))
+            profile = self._profile(likely, strategy, Variables(likely, strategy, "", {}))
+            resident.profiles[profile.name] = profile
         plain = {model: Variables(Turn(provider, model, nothing), strategy, "", {}).lookup("profiles", "")[model] for model in provider.row["models"].get("names", [])}
         known = {"profiles": {**plain, **{name: p.values for name, p in resident.profiles.items()}},
                  "models": list(dict.fromkeys([*plain, *(p.model for p in resident.profiles.values())]))}
@@ -6352,6 +7618,11 @@ SESSION_SHAPE = {"id": str, "owner": str, "created": _not_negative, "used": _not
 MAX_CHECKPOINTS = 8         # of a conversation that are remembered; the newest are what it goes on with
 
 
+def calls_of(message: Message) -> List[str]:
+    """The ids of its calls."""
+    return [p.id for p in message.parts if isinstance(p, CallPart)]
+
+
 class Sessions:
     """The sessions of all keys, in a store, and the checkpoints of conversations that are too long. For any thread."""
 
@@ -6360,6 +7631,8 @@ class Sessions:
 
     def answer(self, request: Request, scope: Scope) -> Answer:
         """Router.answer; for a request in a session with what was said in it before, which the answer is then added to."""
+        if not request.session:
+            check_calls(request.messages)
         answer = self._router.answer(request, scope)
         if request.session and request.params.get("n", 1) > 1:
             raise BadRequest("`n` must be 1 in a session", "it goes on with one answer", param="n")
@@ -6392,6 +7665,7 @@ class Sessions:
                 row = self._load(name) or self._new(request)
                 earlier = tuple(message_of(m) for m in row["messages"])
                 messages = self._joined(earlier, request.messages)
+                check_calls(messages)
                 answer.request = replace(request, messages=messages)
                 self._sized(row, messages)
                 if self._settings.checkpoint and (yield from self._shorten(answer, row, self._settings.checkpoint)) and earlier:
@@ -6399,8 +7673,7 @@ class Sessions:
                 with _closing(events):          # before the next request in this session gets its turn
                     for event in events:
                         if isinstance(event, Done):
-                            said = "".join(answer.said)
-                            self._keep(name, row, (*messages, Message("assistant", (TextPart(said),) if said else ())), hold)
+                            self._keep(name, row, (*messages, answer.message), hold)
                         yield event
             finally:
                 self._store.unlock("sessions", name, hold)
@@ -6495,6 +7768,8 @@ class Sessions:
         it each time, maybe edited since, is understood: by an answer among what it says, after the first turn of the session."""
         spoken = lambda messages: tuple(m for m in messages if m.role != "system")       # noqa: E731
         old, new = spoken(earlier), spoken(said)
+        if old and new and any(isinstance(p, CallPart) for p in old[-1].parts) and calls_of(new[0]) == calls_of(old[-1]):
+            old = old[:-1]                  # the results, with the calls that they are of once more
         whole = new[:len(old)] == old or (new[0] == old[0] and any(m.role == "assistant" for m in new))
         told = said if new != said else earlier
         return said if whole and new != said else (*(m for m in told if m.role == "system"), *(new if whole else (*old, *new)))
@@ -6563,12 +7838,12 @@ class Sessions:
 
 MAX_CHOICES = 8             # n: every choice is a process
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
+MAX_NAME = 256              # characters of a function's name; what a service would not take is given another name on the way
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Fields that would change the answer if a provider obeyed them, and so are reported when it does not; all other unknown
 # fields (user, store, metadata, service_tier, cache keys ...) are taken without a word, as real clients expect.
-REPORTED = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "functions",
-            "function_call", "modalities", "audio", "prediction", "verbosity", "web_search_options")
+REPORTED = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "modalities", "audio", "prediction", "verbosity", "web_search_options")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -6594,12 +7869,60 @@ class ChatCompletions:
         if not isinstance(messages, list) or not messages:
             raise BadRequest("`messages` must be a list with at least one message", f"found {_show(messages)}", param="messages",
                              code="missing_required_parameter" if messages is None else "invalid_type")
-        parsed = tuple(m for i, raw in enumerate(messages) for m in self._message(raw, f"messages[{i}]"))
+        parsed = tuple(m for i, raw in enumerate(_numbered(messages)) for m in self._message(raw, f"messages[{i}]"))
         if all(m.role == "system" for m in parsed):
             raise BadRequest("there is nothing to answer", "all messages are of role system or developer", "add a user message", param="messages")
         options = given.get("stream_options")
-        return Request(model, parsed, self._params(given), bool(given.get("stream")),
-                       isinstance(options, dict) and bool(options.get("include_usage")), key_id)
+        old = not given.get("tools") and bool(given.get("functions"))
+        tools = self._tools(given, old)
+        choice, tools = self._choice(given.get("function_call" if old else "tool_choice"), tools)
+        alone = old or self._typed(given, "parallel_tool_calls", bool) is False
+        params = {**self._params(given), **({"tool_choice": choice} if choice else {}), **({"parallel_tool_calls": False} if tools and alone else {})}
+        return Request(model, parsed, params, bool(given.get("stream")), isinstance(options, dict) and bool(options.get("include_usage")), key_id,
+                       tools=tools, old_functions=old)
+
+    def _tools(self, body: Mapping[str, Any], old: bool) -> Tuple[Tool, ...]:
+        """The client's functions: of `tools`, also in the flat form of the Responses API, or of `functions`, as there were before."""
+        field_name = "functions" if old else "tools"
+        rows, tools = body.get(field_name) or [], []        # type: Tuple[Any, List[Tool]]
+        if not isinstance(rows, list):
+            raise BadRequest(f"`{field_name}` must be a list", f"found {_show(rows)}", param=field_name, code="invalid_type")
+        for i, row in enumerate(rows):
+            path = f"{field_name}[{i}]"
+            kind = row.get("type", "function") if isinstance(row, dict) else None
+            if kind != "function":
+                raise BadRequest(f"`{path}.type` {_show(kind)} is not supported", "a tool has to be a function of the client's", param=f"{path}.type", code="unsupported_value")
+            nested = not old and isinstance(row.get("function"), dict)
+            function, path = (row["function"], path + ".function") if nested else (row, path)
+            name, schema = function.get("name"), function.get("parameters")
+            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+                raise BadRequest(f"`{path}.name` must be a name of 1 to {MAX_NAME} characters", f"found {_show(name)}", param=f"{path}.name")
+            if name in [tool.name for tool in tools]:
+                raise BadRequest(f"`{path}.name` {_show(name)} is there twice", "a call would not tell which of the two it means", param=f"{path}.name")
+            if schema is not None and (not isinstance(schema, dict) or schema.get("type", "object") != "object"):
+                raise BadRequest(f"invalid schema for function {_show(name)}", f"it must be a JSON Schema of type \"object\", found {_show(schema)}",
+                                 param=f"{path}.parameters", code="invalid_function_parameters")
+            description, strict = function.get("description"), function.get("strict")
+            tools.append(Tool(name, _clean(description) if isinstance(description, str) else "", schema or {}, strict if isinstance(strict, bool) else None))
+        return tuple(tools)
+
+    @staticmethod
+    def _choice(choice: Any, tools: Tuple[Tool, ...]) -> Tuple[Any, Tuple[Tool, ...]]:
+        """(tool_choice as Request.params has it, None for auto; the tools, or those that it allows)."""
+        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+            allowed = choice.get("allowed_tools") if isinstance(choice.get("allowed_tools"), dict) else choice
+            names = [dig(row, ("function", "name")) or dig(row, ("name",)) for row in allowed.get("tools") or ()]
+            choice, tools = allowed.get("mode", "auto"), tuple(tool for tool in tools if tool.name in names)
+        name = (dig(choice, ("function", "name")) or choice.get("name")) if isinstance(choice, dict) else None
+        if choice in (None, "auto"):
+            return None, tools
+        if not (isinstance(name, str) or choice in ("none", "required")):
+            raise BadRequest("`tool_choice` must be none, auto, required, or name a function", f"found {_show(choice)}", param="tool_choice")
+        if name is not None and name not in [tool.name for tool in tools]:
+            raise BadRequest(f"tool choice {_show(name)} not found in `tools`", f"there are {', '.join(tool.name for tool in tools) or 'none'}", param="tool_choice")
+        if not tools and choice == "required":
+            raise BadRequest("`tool_choice` asks for a call but there are no `tools`", param="tool_choice")
+        return ({"name": name} if name is not None else choice) if tools else None, tools
 
     @staticmethod
     def _typed(body: Mapping[str, Any], name: str, *types: type, low: Optional[float] = None, high: Optional[float] = None) -> Any:
@@ -6625,11 +7948,8 @@ class ChatCompletions:
             "n": self._typed(body, "n", int, low=1, high=MAX_CHOICES), "stop": self._stops(body.get("stop")), "effort": effort, "seed": body.get("seed"),
             "response_format": self._response_format(body.get("response_format"))}
         for name in REPORTED:
-            if body.get(name) not in (None, [], {}, False, "auto" if name == "tool_choice" else None):
+            if body.get(name) not in (None, [], {}, False):
                 params[name] = body[name]
-        choice = body.get("tool_choice")
-        if not body.get("tools") and (choice == "required" or isinstance(choice, dict)):
-            raise BadRequest("`tool_choice` asks for a call but there are no `tools`", param="tool_choice")
         return {name: value for name, value in params.items() if value is not None}
 
     @staticmethod
@@ -6662,12 +7982,12 @@ class ChatCompletions:
         if role == "tool":
             parts = [ResultPart(str(raw.get("tool_call_id") or raw.get("name") or ""), str(raw.get("name") or ""), "".join(p.text for p in parts if isinstance(p, TextPart)))]
         if role == "assistant":
-            calls = raw.get("tool_calls") or ([{"id": dig(raw, ("function_call", "name")), "function": raw["function_call"]}] if raw.get("function_call") else [])
+            calls = raw.get("tool_calls")
             for i, call in enumerate(calls if isinstance(calls, list) else []):
                 name, arguments = dig(call, ("function", "name")), dig(call, ("function", "arguments"))
-                if not isinstance(name, str) or not isinstance(arguments, str) or not _is_json_object(arguments):
-                    raise BadRequest(f"`{path}.tool_calls[{i}].function` must have a name and JSON arguments", f"found {_show(call)}", param=f"{path}.tool_calls[{i}]")
-                parts.append(CallPart(str(call.get("id") or name), name, arguments))
+                if not isinstance(name, str) or not isinstance(arguments, str):
+                    raise BadRequest(f"`{path}.tool_calls[{i}].function` must have a name, and arguments as a string", f"found {_show(call)}", param=f"{path}.tool_calls[{i}]")
+                parts.append(CallPart(str(call.get("id") or name), name, _clean(arguments)))
         return [Message(role, tuple(parts), str(raw.get("name") or "") if role != "tool" else "")]
 
     def _parts(self, content: Any, path: str) -> List[Part]:
@@ -6744,7 +8064,7 @@ class ChatCompletions:
         if request.stream_usage:
             base["usage"] = None
 
-        def chunk(index: int, delta: Mapping[str, str], finish: Optional[str] = None) -> bytes:
+        def chunk(index: int, delta: Mapping[str, Any], finish: Optional[str] = None) -> bytes:
             return self._frame({**base, "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}]})
         for i in range(len(answers)):
             yield chunk(i, {"role": "assistant", "content": ""})
@@ -6753,10 +8073,16 @@ class ChatCompletions:
                 yield chunk(index, {"content": event.text})
             elif isinstance(event, Thinking):
                 yield chunk(index, {"reasoning_content": event.text})
+            elif isinstance(event, Refusal):
+                yield chunk(index, {"refusal": event.text})
+            elif isinstance(event, Call):
+                function = {**({"name": event.name} if event.name else {}), "arguments": event.arguments}
+                whose = {"id": event.id, "type": "function"} if event.name else {}
+                yield chunk(index, {"function_call": function} if request.old_functions else {"tool_calls": [{"index": event.index, **whose, "function": function}]})
             elif isinstance(event, Waiting):
                 yield b": keep-alive\n\n"
             elif isinstance(event, Done):
-                yield chunk(index, {}, event.reason)
+                yield chunk(index, {}, self._finish(request, event.reason))
         if request.stream_usage:
             yield self._frame({**base, "choices": [], "usage": self.usage(answers)})
         for answer, known in zip(answers, told):
@@ -6768,18 +8094,26 @@ class ChatCompletions:
 
     def whole(self, request: Request, answers: Sequence[Answer], events: Iterable[Tuple[int, Event]]) -> bytes:
         """The JSON of an answer that is not streamed."""
-        texts, thoughts = [[] for _ in answers], [[] for _ in answers]      # type: Tuple[List[List[str]], List[List[str]]]
+        said: Dict[Any, Dict[int, List[str]]] = {kind: {i: [] for i in range(len(answers))} for kind in (Text, Thinking, Refusal)}
         for index, event in events:
-            if isinstance(event, (Text, Thinking)):
-                (texts if isinstance(event, Text) else thoughts)[index].append(event.text)
+            if isinstance(event, (Text, Thinking, Refusal)):
+                said[type(event)][index].append(event.text)
         choices = []
         for i, answer in enumerate(answers):
-            message: Dict[str, Any] = {"role": "assistant", "content": "".join(texts[i]), "refusal": None}
-            if thoughts[i]:
-                message["reasoning_content"] = "".join(thoughts[i])
-            choices.append({"index": i, "message": message, "logprobs": None, "finish_reason": answer.finish})
+            text, thought, refused = ("".join(said[kind][i]) for kind in (Text, Thinking, Refusal))
+            message: Dict[str, Any] = {"role": "assistant", "content": text or (None if answer.calls or refused else ""), "refusal": refused or None}
+            if thought:
+                message["reasoning_content"] = thought
+            calls = [{"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for _, call in sorted(answer.calls.items())]
+            if calls:
+                message.update({"function_call": calls[0]["function"]} if request.old_functions else {"tool_calls": calls})
+            choices.append({"index": i, "message": message, "logprobs": None, "finish_reason": self._finish(request, answer.finish)})
         return json.dumps({"id": "chatcmpl-" + uuid.uuid4().hex, "object": "chat.completion", "created": int(time.time()), "model": request.model,
                            "choices": choices, "usage": self.usage(answers)}).encode()
+
+    @staticmethod
+    def _finish(request: Request, reason: str) -> str:
+        return "function_call" if request.old_functions and reason == "tool_calls" else reason
 
     @staticmethod
     def error(error: ProxyError) -> Dict[str, Any]:
@@ -6800,11 +8134,16 @@ def _clean(text: str) -> str:
     return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
 
 
-def _is_json_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text or "{}"), dict)
-    except ValueError:
-        return False
+def _numbered(messages: Sequence[Any]) -> Iterator[Any]:
+    """The messages with ids for calls that have none: a function_call is answered by the next function message of that name."""
+    last: Dict[Any, str] = {}
+    for i, raw in enumerate(messages):
+        if isinstance(raw, dict) and isinstance(raw.get("function_call"), dict) and not raw.get("tool_calls"):
+            last[raw["function_call"].get("name")] = f"call_{i}"
+            raw = {**raw, "tool_calls": [{"id": f"call_{i}", "function": raw["function_call"]}]}
+        elif isinstance(raw, dict) and raw.get("role") == "function" and isinstance(raw.get("name"), str):
+            raw = {**raw, "tool_call_id": last.get(raw["name"], raw["name"])}
+        yield raw
 
 
 def merged_events(answers: Sequence[Answer]) -> Iterator[Tuple[int, Event]]:
@@ -7188,7 +8527,7 @@ class Handler(BaseHTTPRequestHandler):
         self._tried = {"x-cliproxy-attempts": str(len(first.asked)), "x-cliproxy-tried": re.sub(r"[^ -~]", "?", first.route)}     # for an error
         ms = lambda seconds: round(seconds * 1000) if seconds else None     # noqa: E731
         self._fields.update(provider=attempt.turn.provider.name + ("/" + attempt.turn.model if attempt.turn.model else ""),
-                            strategy=attempt.strategy.driver if attempt.strategy else None, session=attempt.session or None, n=len(answers) if len(answers) > 1 else None,
+                            strategy=attempt.strategy.name if attempt.strategy else None, session=attempt.session or None, n=len(answers) if len(answers) > 1 else None,
                             tokens_in=sum(a.usage.input or 0 for a in answers), tokens_out=sum(a.usage.output or 0 for a in answers),
                             finish=first.finish or None, tried=first.route if len(first.tried) > 1 else None, seams=len(first.seams) or None, failover_ms=ms(first.failover),
                             queue_ms=ms(attempt.queued), spawn_ms=ms(attempt.spawned - attempt.queued), first_ms=ms(attempt.first))
@@ -7198,7 +8537,7 @@ class Handler(BaseHTTPRequestHandler):
         first, attempt = answers[0], answers[0].attempt
         params = [f"{name}={how}" for name, how in attempt.params.items()] + (["usage=estimated"] if first.estimated else [])
         headers = {"x-cliproxy-provider": attempt.turn.provider.name, "x-cliproxy-model": attempt.turn.model or "default",
-                   "x-cliproxy-strategy": attempt.strategy.driver if attempt.strategy else "none", "x-cliproxy-attempts": str(len(first.asked))}
+                   "x-cliproxy-strategy": attempt.strategy.name if attempt.strategy else "none", "x-cliproxy-attempts": str(len(first.asked))}
         if first.checkpoint:
             headers["x-cliproxy-checkpoint"] = first.checkpoint
         if first.request.session:
@@ -7657,7 +8996,7 @@ def live_check(router: Router, provider: Provider) -> Tuple[bool, str]:
     except ProxyError as e:
         return False, e.message
     shown, strategy = text.strip().replace("\n", " ")[:40], answer.attempt.strategy
-    return True, f"answered {shown!r} by {strategy.driver if strategy else '?'} in {time.monotonic() - began:.1f} s"
+    return True, f"answered {shown!r} by {strategy.name if strategy else '?'} in {time.monotonic() - began:.1f} s"
 
 
 def command_doctor(args: argparse.Namespace, providers: Dict[str, Provider]) -> int:
