@@ -61,6 +61,7 @@ import hashlib
 import hmac
 import http.client
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -126,7 +127,24 @@ class ResultPart:
     text: str
 
 
-Part = Union[TextPart, ImagePart, CallPart, ResultPart]
+@dataclass(frozen=True)
+class FilePart:
+    """A file in a message: `mime` application/pdf, `data` in base64, `name` as the client calls it."""
+    mime: str
+    data: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class LinkPart:
+    """An image or a file that a client names by its URL, in the field at `path`. with_fetched() puts it in place; nothing beyond the server has one."""
+    url: str
+    path: str
+    name: str = ""
+
+
+MediaPart = (ImagePart, FilePart)
+Part = Union[TextPart, ImagePart, FilePart, LinkPart, CallPart, ResultPart]
 
 
 @dataclass(frozen=True)
@@ -677,7 +695,7 @@ BUILTIN_PROVIDERS = r'''{
         {"if": {"type": "result", "stop_reason": "refusal"}, "done": "content_filter"},
         {"if": {"type": "result"}, "done": "stop"},
         {"if": {"type": "control_request", "request.subtype": "mcp_message"}, "reply": {"mcp_response": "{mcp:request.message}"}},
-        {"if": {"type": "control_request", "request.subtype": "hook_callback"},
+        {"if": {"type": "control_request", "request.subtype": "hook_callback"}, "reply_after": {"event.type": "message_stop"},
          "reply": {"hookSpecificOutput": {"hookEventName": "PreToolUse", "permissionDecision": "defer"}}},
         {"if": {"type": ["system", "stream_event", "assistant", "user", "control_response"]}, "skip": true}
       ],
@@ -687,7 +705,7 @@ BUILTIN_PROVIDERS = r'''{
       "strategies": [
         {
           "driver": "claude-stream",
-          "images": true,
+          "images": true, "documents": ["application/pdf"],
           "tools": {"prefix": "mcp__c__", "description": 2048, "live": true, "answers": true},
           "slots": 20,
           "resident": {"conversations": 1, "memory_mb": 400},
@@ -724,13 +742,14 @@ BUILTIN_PROVIDERS = r'''{
         },
         {
           "driver": "jsonl",
-          "images": true,
+          "images": true, "documents": ["application/pdf"],
           "terminal": ["stdout"],
           "argv": ["-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose", "--include-partial-messages", "@args"],
           "stdin": [{"type": "user", "uuid": "{uuid}", "message": {"role": "user", "content": ["{*last:anthropic}", {"type": "text", "text": ""}]}}]
         },
         {
           "driver": "text",
+          "documents": ["application/pdf"],
           "argv": ["-p", "--input-format", "text", "--output-format", "text", "@args"],
           "stdin": "{prompt}",
           "guard": "^\\s*/",
@@ -828,7 +847,7 @@ BUILTIN_PROVIDERS = r'''{
       "strategies": [
         {
           "driver": "acp",
-          "images": true,
+          "images": true, "documents": ["application/pdf"],
           "argv": ["--acp", "-m", "gemini-2.5-pro"],
           "files": {"history.jsonl": null},
           "guard": "\\s*[/$?]|<(session|hook)_context>",
@@ -871,7 +890,7 @@ BUILTIN_PROVIDERS = r'''{
         },
         {
           "driver": "jsonl",
-          "images": true,
+          "images": true, "documents": ["application/pdf"],
           "terminal": ["stdout"],
           "argv": ["-o", "stream-json", "@args"],
           "stdin": "{prompt}",
@@ -889,7 +908,7 @@ BUILTIN_PROVIDERS = r'''{
         },
         {
           "driver": "text",
-          "images": true,
+          "images": true, "documents": ["application/pdf"],
           "argv": ["-o", "text", "@args"],
           "stdin": "{prompt}",
           "split": "^\\s*/",
@@ -1126,7 +1145,7 @@ BUILTIN_PROVIDERS = r'''{
       "strategies": [
         {
           "driver": "acp",
-          "images": true,
+          "images": true, "documents": ["application/pdf"],
           "tools": {"prefix": "mcp__c__", "longest": 63},
           "argv": ["--acp", "--extensions=none"],
           "resident": {"turns": 500, "live": 0},
@@ -1149,7 +1168,7 @@ BUILTIN_PROVIDERS = r'''{
         },
         {
           "driver": "jsonl",
-          "images": true,
+          "images": true, "documents": ["application/pdf"],
           "terminal": ["stdout"],
           "argv": ["-o", "stream-json", "--include-partial-messages", "@args"],
           "stdin": "{transcript}",
@@ -1169,7 +1188,7 @@ BUILTIN_PROVIDERS = r'''{
         },
         {
           "driver": "text",
-          "images": true,
+          "images": true, "documents": ["application/pdf"],
           "argv": ["-o", "text", "@args"],
           "stdin": "{transcript}",
           "guard": "^\\s*[/?!]",
@@ -1318,10 +1337,10 @@ _TIMEOUTS = {"queue?": float, "start?": float, "first?": float, "failover?": flo
 _BREAKER = {"failures?": _not_negative, "seconds?": _not_negative, "longest?": _not_negative}
 _CALL = {"id?": str, "index?": str, "name?": _field_or_part, "arguments?": str, "served?": bool, "without?": [str]}
 _TOOLS = {"prefix?": str, "longest?": int, "description?": int, "reserved?": _regex, "any_only?": bool, "only?": bool, "live?": bool, "not_with?": [str], "answers?": bool}
-_EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "call?": _CALL, "keep?": str, "reply?": _template, "cancel?": bool, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool, "skip?": bool,
+_EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "call?": _CALL, "keep?": str, "reply?": _template, "reply_after?": {"*": _event_test}, "cancel?": bool, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool, "skip?": bool,
                "must_be_empty?": str, "reset?": str, "limits?": [{"window": str, "used?": _path_or_number, "part?": str, "resets?": str}], "reject?": str, "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
-_STRATEGY = {"driver?": _driver_name, "name?": str, "like?": str, "own?": {"*": _template}, "profiles?": [{"*": _template}], "more_events?": [_EVENT_RULE], "strict_schemas?": bool, "argv?": _launch_args, "stdin?": _template, "images?": bool, "tools?": _TOOLS, "split?": _regex, "guard?": _regex,
+_STRATEGY = {"driver?": _driver_name, "name?": str, "like?": str, "own?": {"*": _template}, "profiles?": [{"*": _template}], "more_events?": [_EVENT_RULE], "strict_schemas?": bool, "argv?": _launch_args, "stdin?": _template, "images?": bool, "documents?": [str], "tools?": _TOOLS, "split?": _regex, "guard?": _regex,
              "files?": {"*": _template}, "env?": {"*": _template}, "slots?": int, **_TALK, "events?": [_EVENT_RULE], "begin?": _regex, "end?": _regex, "drop?": [_regex], "failed?": _regex, "stream?": bool, "terminal?": [str]}
 _PROVIDER = {
     "title?": str, "binary": str, "install?": str, "login?": str,
@@ -1487,9 +1506,9 @@ class Strategy:
         """Its name among the provider's strategies, which is its driver's unless two have the same."""
         return self.row.get("name", self.driver)
 
-    @property
-    def images(self) -> bool:
-        return bool(self.row.get("images"))
+    def takes(self, mime: str) -> bool:
+        """Can it give an image or a file of this type to its model?"""
+        return bool(self.row.get("images")) if mime.startswith("image/") else mime in self.row.get("documents", ())
 
     @property
     def tools(self) -> Optional[Mapping[str, Any]]:
@@ -1640,6 +1659,7 @@ class Settings:
     allow_hosts: Tuple[str, ...] = ()
     cors_origins: Tuple[str, ...] = ()
     strict: bool = False
+    image_urls: bool = False            # fetch images and PDFs that a request names by URL
     go_on: bool = True                  # continue an answer that broke off
     keepalive: float = 10.0             # seconds of silence before a comment; clients give up after 60
     max_body: int = 32 << 20            # bytes; a few images in base64
@@ -2711,6 +2731,11 @@ def arguments_of(call: CallPart) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {"invalid_arguments": call.arguments}
 
 
+def data_url(p: Any) -> str:
+    """An image or a file as a data: URL."""
+    return f"data:{p.mime};base64,{p.data}"
+
+
 def anthropic_messages(messages: Sequence[Message], kept: Kept = nothing_kept) -> List[Dict[str, Any]]:
     """Messages API messages (docs.anthropic.com/en/api/messages). System messages travel elsewhere there, so they are left out, and
     so are blank ones, which that API does not take. Neighbours of one role are one message, or claude would put a newline between them."""
@@ -2720,8 +2745,10 @@ def anthropic_messages(messages: Sequence[Message], kept: Kept = nothing_kept) -
         for p in m.parts:
             if isinstance(p, TextPart):
                 blocks.append({"type": "text", "text": p.text})
-            elif isinstance(p, ImagePart):
-                blocks.append({"type": "image", "source": {"type": "base64", "media_type": p.mime, "data": p.data}})
+            elif isinstance(p, MediaPart):
+                source = {"type": "base64", "media_type": p.mime, "data": p.data}
+                blocks.append({"type": "image", "source": source} if isinstance(p, ImagePart) else
+                              {"type": "document", "source": source, **({"title": p.name} if p.name else {})})
             elif isinstance(p, CallPart):
                 blocks.append({"type": "tool_use", "id": p.id, "name": p.name, "input": arguments_of(p)})
             else:
@@ -2737,7 +2764,7 @@ def anthropic_messages(messages: Sequence[Message], kept: Kept = nothing_kept) -
 
 
 def gemini_contents(messages: Sequence[Message], kept: Kept = nothing_kept) -> List[Dict[str, Any]]:
-    """Gemini API contents (ai.google.dev/api/generate-content). System messages travel elsewhere there, so they are left out."""
+    """Gemini API contents (ai.google.dev/api/generate-content). System messages travel elsewhere there, so they are left out. A file loses its name."""
     out = []
     names = {p.id: p.name for m in messages for p in m.parts if isinstance(p, CallPart)}    # an OpenAI tool message has only the id
     for m in messages:
@@ -2745,7 +2772,7 @@ def gemini_contents(messages: Sequence[Message], kept: Kept = nothing_kept) -> L
         for p in m.parts:
             if isinstance(p, TextPart):
                 parts.append({"text": p.text})
-            elif isinstance(p, ImagePart):
+            elif isinstance(p, MediaPart):
                 parts.append({"inlineData": {"mimeType": p.mime, "data": p.data}})
             elif isinstance(p, CallPart):
                 parts.append({"functionCall": {"id": p.id, "name": p.name, "args": arguments_of(p)}})
@@ -2756,13 +2783,18 @@ def gemini_contents(messages: Sequence[Message], kept: Kept = nothing_kept) -> L
     return out
 
 
+def openai_part(p: Any) -> Dict[str, Any]:
+    """A content part of chat completions."""
+    if isinstance(p, FilePart):
+        return {"type": "file", "file": {"filename": p.name or "file.pdf", "file_data": data_url(p)}}
+    return {"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image_url", "image_url": {"url": data_url(p)}}
+
+
 def openai_messages(messages: Sequence[Message], kept: Kept = nothing_kept) -> List[Dict[str, Any]]:
     """Chat completions messages (platform.openai.com/docs/api-reference/chat), as the client would have sent them."""
     out: List[Dict[str, Any]] = []
     for m in messages:
-        content: Any = [{"type": "text", "text": p.text} if isinstance(p, TextPart) else
-                        {"type": "image_url", "image_url": {"url": f"data:{p.mime};base64,{p.data}"}}
-                        for p in m.parts if isinstance(p, (TextPart, ImagePart))]
+        content: Any = [openai_part(p) for p in m.parts if isinstance(p, (TextPart, *MediaPart))]
         if len(content) == 1 and content[0]["type"] == "text":
             content = content[0]["text"]
         calls = [{"id": p.id, "type": "function", "function": {"name": p.name, "arguments": p.arguments}} for p in m.parts if isinstance(p, CallPart)]
@@ -2779,15 +2811,20 @@ def openai_messages(messages: Sequence[Message], kept: Kept = nothing_kept) -> L
     return out
 
 
+def responses_part(p: Any, kind: str) -> Dict[str, Any]:
+    """A content part of the Responses API; `kind` is what text is called."""
+    if isinstance(p, FilePart):
+        return {"type": "input_file", "filename": p.name or "file.pdf", "file_data": data_url(p)}
+    return {"type": kind, "text": p.text} if isinstance(p, TextPart) else {"type": "input_image", "image_url": data_url(p)}
+
+
 def responses_items(messages: Sequence[Message], kept: Kept = nothing_kept) -> List[Dict[str, Any]]:
     """Responses API input items (platform.openai.com/docs/api-reference/responses); a system message is role developer there."""
     out: List[Dict[str, Any]] = []
     for m in messages:
         kind = "output_text" if m.role == "assistant" else "input_text"
         out += reasoning_of(m, kept)
-        content = [{"type": kind, "text": p.text} if isinstance(p, TextPart) else
-                   {"type": "input_image", "image_url": f"data:{p.mime};base64,{p.data}"}
-                   for p in m.parts if isinstance(p, (TextPart, ImagePart))]
+        content = [responses_part(p, kind) for p in m.parts if isinstance(p, (TextPart, *MediaPart))]
         if content:
             out.append({"type": "message", "role": "developer" if m.role == "system" else m.role, "content": content})
         out += [{"type": "function_call", "call_id": p.id, "name": p.name, "arguments": p.arguments} for p in m.parts if isinstance(p, CallPart)]
@@ -2797,14 +2834,14 @@ def responses_items(messages: Sequence[Message], kept: Kept = nothing_kept) -> L
 
 def transcript(messages: Sequence[Message], guard: Optional[str] = None) -> str:
     """The whole conversation as one text, for a CLI that takes nothing else. A lone user message stays as it is, byte for byte,
-    unless the pattern `guard` fits its start (a CLI would take it for a command) or it is nothing but images (for no input at all)."""
-    first, only_images = messages[0], not messages[0].text and any(isinstance(p, ImagePart) for p in messages[0].parts)
-    if len(messages) == 1 and first.role == "user" and not only_images and not (guard and re.match(guard, first.text)):
+    unless the pattern `guard` fits its start (a CLI would take it for a command) or it is nothing but images and files (for no input at all)."""
+    first, no_words = messages[0], not messages[0].text and any(isinstance(p, MediaPart) for p in messages[0].parts)
+    if len(messages) == 1 and first.role == "user" and not no_words and not (guard and re.match(guard, first.text)):
         return first.text
     blocks = []
     for m in messages:
         said = "".join(p.text if isinstance(p, (TextPart, ResultPart)) else f"[calls {p.name} with {p.arguments}]"
-                       for p in m.parts if not isinstance(p, ImagePart))
+                       for p in m.parts if not isinstance(p, MediaPart))
         blocks.append(f"<{m.role}>\n{said}\n</{m.role}>")
     return "\n\n".join(blocks) + "\n\n<assistant>\n"
 
@@ -3944,6 +3981,9 @@ class Talk(RuleReader):
         self._updates, self._update = 0, None       # type: Tuple[int, Optional[LineTest]]
         self._files: List[str] = []
         self._end = LineTest(strategy.row["ends"]) if "ends" in strategy.row else None
+        self._awaited = [LineTest(rule.row["reply_after"]) for rule in strategy.events if "reply_after" in rule.row]
+        self._replies: List[Mapping[str, Any]] = []     # that wait for such a line
+        self._may_reply = False                     # it has come
         self._said: List[str] = []
         self._made: Dict[int, CallPart] = {}        # the calls of the answer
         self._served: Tuple[str, str, str] = ("", "", "")       # path, URL, token of its tools at the tool server
@@ -4090,7 +4130,7 @@ class Talk(RuleReader):
         elif self._wire.asks(line):
             self._reply(line, self._rule_for(line))
         else:
-            self._settle_end(line)
+            self._passed(line)
             self._updates += self._update is not None and self._update.fits(line)
             if self._keeping:
                 self._kept.append(line)
@@ -4132,7 +4172,9 @@ class Talk(RuleReader):
             result = {"outcome": {"outcome": "selected", "optionId": chosen} if chosen else {"outcome": "cancelled"}}
         elif "reply" in row:
             result = fill(row["reply"], lambda name, arg: self._in_line(line, name, arg))
-        if result is not None or not row.get("skip"):
+        if "reply_after" in row and not self._may_reply:
+            self._replies.append(self._wire.reply(line, result))
+        elif result is not None or not row.get("skip"):
             self._resident.send([self._wire.reply(line, result)])
 
     def _in_line(self, line: Mapping[str, Any], name: str, arg: str) -> Any:
@@ -4145,9 +4187,15 @@ class Talk(RuleReader):
             value = mcp_answer(value, [] if tools is MISSING else tools) or {"jsonrpc": "2.0", "id": 0, "result": {}}
         return MISSING if value is None else value
 
-    def _settle_end(self, line: Mapping[str, Any]) -> None:
+    def _passed(self, line: Mapping[str, Any]) -> None:
+        """Is this a line that ends the turn, or one that replies wait for?"""
         if self._end is not None and self._end.fits(line):
             self._talk.owed -= 1
+        for test in self._awaited:
+            if test.fits(line):
+                self._may_reply = True
+                replies, self._replies = self._replies, []
+                self._resident.send(replies)
 
     def _unlock(self) -> None:
         self._locked = False
@@ -4232,7 +4280,7 @@ class Talk(RuleReader):
             raise classify(self._provider, line["@log"]["message"], line["@log"]["status"]) or ProviderError(
                 f"{self._provider.name} failed", line["@log"]["message"], ProviderError.advice)
         else:
-            self._settle_end(line)
+            self._passed(line)
         self._scope.enter("idle" if self._seen_text or self._calls else "first")
         yield from self._heard_events(self._read_line(line))
 
@@ -4330,7 +4378,7 @@ class Talk(RuleReader):
                 elif self._wire.asks(line):
                     self._reply(line, self._rule_for(line))
                 else:
-                    self._settle_end(line)
+                    self._passed(line)
             if not talk.settled():
                 return
             self._over = True
@@ -7126,13 +7174,15 @@ class Router:
 
     def _fitting(self, turn: Turn, identity: str) -> List[Strategy]:
         """The strategies that can carry this request, best first, without those that broke with this very binary."""
-        has_images = any(isinstance(p, ImagePart) for m in turn.request.messages for p in m.parts)
-        fitting = [s for s in self._strategies(turn.provider) if (s.images or not has_images) and (turn.request.tools or not (s.tools or {}).get("only"))]
+        types = sorted({p.mime for m in turn.request.messages for p in m.parts if isinstance(p, MediaPart)})
+        found = [s for s in self._strategies(turn.provider) if all(s.takes(mime) for mime in types) and (turn.request.tools or not (s.tools or {}).get("only"))]
         if turn.request.tools:
-            fitting.sort(key=lambda s: s.tools is None)
-        if not fitting:
-            raise Unfit(f"{turn.provider.name} cannot take images", "its CLI has no way in for them here", "send text only, or use another model", param="messages")
-        return [s for s in fitting if self._works(turn.provider.name, s, identity)] or fitting
+            found.sort(key=lambda s: s.tools is None)
+        if not found:
+            lone = [mime for mime in types if not any(s.takes(mime) for s in self._strategies(turn.provider))] or types
+            what = "images" if lone[0].startswith("image/") else f"files of type {lone[0]}"
+            raise Unfit(f"{turn.provider.name} cannot take {what}", "its CLI has no way in for them here", "send text only, or use another model", param="messages")
+        return [s for s in found if self._works(turn.provider.name, s, identity)] or found
 
     def _works(self, name: str, strategy: Strategy, identity: str) -> bool:
         broken, until = self._broken.get((name, strategy.name), ("", 0.0))
@@ -7422,6 +7472,7 @@ class Router:
 # summary is made from the last one and the turns after it. Nothing here asks, waits or writes; the originals are never touched.
 
 IMAGE_TOKENS = 1500         # docs.anthropic.com/en/docs/build-with-claude/vision: width x height / 750, at most about 1,600
+PDF_TOKENS = (2000, 50000)      # tokens a page, and bytes a page may have: docs.anthropic.com/en/docs/build-with-claude/pdf-support says 1,500 to 3,000 a page
 MESSAGE_TOKENS = 4          # what a message takes besides its text (OpenAI's cookbook, "How to count tokens": 3, and 1 for a name)
 SUMMARY_TOKENS = 2000       # the longest summary, or an eighth of what a smaller model takes; the model is asked for half of that
 HEADING_TOKENS = 48         # of these, at most, for our heading
@@ -7454,10 +7505,17 @@ class CheckpointPlan:
     turns: Tuple[Message, ...] = ()
 
 
+def part_tokens(p: Any) -> int:
+    """About how many tokens a part is: estimate_tokens for what is text, a fixed number for an image, a guess by its length for a file."""
+    if isinstance(p, FilePart):
+        tokens, size = PDF_TOKENS
+        return tokens * (1 + len(p.data) * 3 // 4 // size)
+    return IMAGE_TOKENS if isinstance(p, ImagePart) else estimate_tokens(p.name + p.arguments if isinstance(p, CallPart) else p.text)
+
+
 def count_tokens(messages: Sequence[Message]) -> int:
-    """About how many tokens these messages are: estimate_tokens for what is text, a fixed number for an image."""
-    return sum(MESSAGE_TOKENS + sum(IMAGE_TOKENS if isinstance(p, ImagePart) else estimate_tokens(p.name + p.arguments if isinstance(p, CallPart) else p.text)
-                                    for p in m.parts) for m in messages)
+    """About how many tokens these messages are."""
+    return sum(MESSAGE_TOKENS + sum(map(part_tokens, m.parts)) for m in messages)
 
 
 def turns_hash(turns: Sequence[Message]) -> str:
@@ -7528,12 +7586,18 @@ def plan_checkpoint(messages: Sequence[Message], budget: int, share: float = 0.7
     return CheckpointPlan(head + 1, cut, turns_hash(turns[head:cut]), sum(sizes[head:cut]), room, max(part, room), summary, tuple(turns[start:cut]))
 
 
+def noted(p: Any) -> str:
+    """What stands in a summary's request for a part (in summary_pieces)."""
+    if isinstance(p, CallPart):
+        return f"[calls {p.name} with {p.arguments}]"
+    return f"[an image, {p.mime}]" if isinstance(p, ImagePart) else f"[a file, {p.name or p.mime}]" if isinstance(p, FilePart) else p.text
+
+
 def summary_pieces(plan: CheckpointPlan) -> List[str]:
     """The turns that are to be summarised, as texts for one request each. A turn is cut only if it is longer than one alone may be."""
     most, pieces, piece = plan.part * 4, [], b""
     for m in plan.turns:
-        said = "".join(f"[calls {p.name} with {p.arguments}]" if isinstance(p, CallPart) else f"[an image, {p.mime}]" if isinstance(p, ImagePart) else p.text
-                       for p in m.parts)
+        said = "".join(map(noted, m.parts))
         block = f"<{m.role}>\n{said}\n</{m.role}>\n\n".encode("utf-8", "replace")
         if piece and len(piece) + len(block) > most:
             pieces.append(piece)
@@ -7612,7 +7676,7 @@ def _two_numbers(value: Any, path: str) -> None:
         raise ConfigError(f"{path}: expected two numbers, found {_show(value)}")
 
 
-PART_KINDS: Dict[str, Any] = {"text": TextPart, "image": ImagePart, "call": CallPart, "result": ResultPart}
+PART_KINDS: Dict[str, Any] = {"text": TextPart, "image": ImagePart, "file": FilePart, "call": CallPart, "result": ResultPart}
 SESSION_SHAPE = {"id": str, "owner": str, "created": _not_negative, "used": _not_negative, "messages": [{"role": str, "name?": str, "parts": [dict]}],
                  "checkpoints?": [{"turns": _two_numbers, "hash": str, "summary": str, "tokens": [int], "model": str}], "*": lambda *_: None}
 MAX_CHECKPOINTS = 8         # of a conversation that are remembered; the newest are what it goes on with
@@ -7840,11 +7904,46 @@ MAX_CHOICES = 8             # n: every choice is a process
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MAX_NAME = 256              # characters of a function's name; what a service would not take is given another name on the way
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
+FILE_TYPES = ("application/pdf",)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Fields that would change the answer if a provider obeyed them, and so are reported when it does not; all other unknown
 # fields (user, store, metadata, service_tier, cache keys ...) are taken without a word, as real clients expect.
 REPORTED = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "modalities", "audio", "prediction", "verbosity", "web_search_options")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def media_type(data: bytes) -> Optional[str]:
+    """The type of an image or a PDF by its first bytes; None if it is neither."""
+    for start, mime in ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF87a", "image/gif"), (b"GIF89a", "image/gif")):
+        if data.startswith(start):
+            return mime
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    return "application/pdf" if b"%PDF-" in data[:1024] else None       # Acrobat and others take a PDF with something before it
+
+
+def made_part(mime: str, data: str, name: str) -> Part:
+    return ImagePart(mime, data) if mime in IMAGE_TYPES else FilePart(mime, data, name)
+
+
+def media_part(value: Any, path: str, name: str = "", bare: bool = False) -> Part:
+    """The image or file in a data: URL (`bare`: or in base64 alone), or the link that an http(s) URL is. What it is its bytes say, not who
+    declares it: clients send a JPEG as image/png, and services refuse that; and LiteLLM's users send a PDF as an image_url."""
+    if isinstance(value, str) and re.match("https?://", value, re.I):
+        return LinkPart(value, path, name)
+    head = re.match(r"data:([^,]{0,200});base64,", value, re.I) if isinstance(value, str) else None
+    if head is None and not (bare and isinstance(value, str) and value and not value.startswith("data:")):
+        raise BadRequest(f"`{path}` must be a data: URL in base64", f"found {_show(value[:40] if isinstance(value, str) else value)}",
+                         f"send data:{FILE_TYPES[0] if bare else 'image/png'};base64,...", param=path, code="invalid_file_data" if bare else "invalid_image_url")
+    data = value[head.end():] if head else value
+    try:
+        mime = media_type(base64.b64decode(data, validate=True))
+    except (binascii.Error, ValueError):
+        raise BadRequest(f"`{path}` is not valid base64", param=path, code="invalid_base64") from None
+    if mime is None:
+        raise BadRequest(f"`{path}` holds nothing that can be taken", "its bytes are those of no png, jpeg, webp, gif or pdf" +
+                         (f", and it was declared as {head.group(1)[:80]}" if head and head.group(1) else ""), param=path, code="unsupported_file" if bare else "invalid_image_format")
+    return made_part(mime, data, name)
 
 
 class ChatCompletions:
@@ -7869,7 +7968,7 @@ class ChatCompletions:
         if not isinstance(messages, list) or not messages:
             raise BadRequest("`messages` must be a list with at least one message", f"found {_show(messages)}", param="messages",
                              code="missing_required_parameter" if messages is None else "invalid_type")
-        parsed = tuple(m for i, raw in enumerate(_numbered(messages)) for m in self._message(raw, f"messages[{i}]"))
+        parsed = self._messages(_numbered(messages))
         if all(m.role == "system" for m in parsed):
             raise BadRequest("there is nothing to answer", "all messages are of role system or developer", "add a user message", param="messages")
         options = given.get("stream_options")
@@ -7972,6 +8071,19 @@ class ChatCompletions:
             raise BadRequest("`response_format.json_schema.schema` must be an object", f"found {_show(form)}", param="response_format.json_schema.schema")
         return form
 
+    def _messages(self, rows: Iterable[Any]) -> Tuple[Message, ...]:
+        """All messages; in parse(): parsed = self._messages(_numbered(messages)). What tools have shown comes after all results of their turn, for
+        nothing may stand between a call and its result."""
+        parsed: List[Message] = []
+        shown: List[Message] = []
+        for i, raw in enumerate(rows):
+            message, *more = self._message(raw, f"messages[{i}]")
+            if message.role != "tool":
+                parsed, shown = parsed + shown, []
+            parsed.append(message)
+            shown += more
+        return (*parsed, *shown)
+
     def _message(self, raw: Any, path: str) -> List[Message]:
         if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
             raise BadRequest(f"`{path}` must be an object with a role", f"found {_show(raw)}", param=path, code="invalid_type")
@@ -7979,8 +8091,15 @@ class ChatCompletions:
         if role not in ("system", "user", "assistant", "tool"):
             raise BadRequest(f"`{path}.role` must be system, developer, user, assistant, tool or function", f"found {_show(raw['role'])}", param=f"{path}.role")
         parts = self._parts(raw.get("content"), f"{path}.content")
+        media = [p for p in parts if not isinstance(p, TextPart)]
+        if media and role in ("system", "assistant"):       # OpenAI's and Anthropic's APIs take none there; a system prompt is text for every CLI
+            raise BadRequest(f"`{path}.content` holds an image or a file", f"a message of role {raw['role']} is text only", "put it into a user message", param=f"{path}.content")
+        shown: List[Message] = []
         if role == "tool":
-            parts = [ResultPart(str(raw.get("tool_call_id") or raw.get("name") or ""), str(raw.get("name") or ""), "".join(p.text for p in parts if isinstance(p, TextPart)))]
+            answered = str(raw.get("tool_call_id") or raw.get("name") or "")
+            parts = [ResultPart(answered, str(raw.get("name") or ""), "".join(p.text for p in parts if isinstance(p, TextPart)))]
+            if media:       # a result is text in every wire format; what else a tool gave back is a user's, as in Cline
+                shown = [Message("user", (*media, TextPart(f"[shown by the tool call {answered}]")))]      # text last: what is last goes by stdin to some
         if role == "assistant":
             calls = raw.get("tool_calls")
             for i, call in enumerate(calls if isinstance(calls, list) else []):
@@ -7988,7 +8107,7 @@ class ChatCompletions:
                 if not isinstance(name, str) or not isinstance(arguments, str):
                     raise BadRequest(f"`{path}.tool_calls[{i}].function` must have a name, and arguments as a string", f"found {_show(call)}", param=f"{path}.tool_calls[{i}]")
                 parts.append(CallPart(str(call.get("id") or name), name, _clean(arguments)))
-        return [Message(role, tuple(parts), str(raw.get("name") or "") if role != "tool" else "")]
+        return [Message(role, tuple(parts), str(raw.get("name") or "") if role != "tool" else ""), *shown]
 
     def _parts(self, content: Any, path: str) -> List[Part]:
         if content is None or content == "":
@@ -8006,26 +8125,34 @@ class ChatCompletions:
                     raise BadRequest(f"`{path}[{i}].text` must be a string", f"found {_show(part)}", param=f"{path}[{i}].text", code="invalid_type")
                 parts += [TextPart(_clean(text))] if text else []
             elif kind in ("image_url", "input_image"):
-                url = part.get("image_url")
-                parts.append(self._image(url.get("url") if isinstance(url, dict) else url, f"{path}[{i}].image_url"))
+                parts.append(self._image(part, f"{path}[{i}]"))
+            elif kind in ("file", "input_file"):
+                parts.append(self._file(part, f"{path}[{i}]"))
             else:
-                raise BadRequest(f"`{path}[{i}].type` {_show(kind)} is not supported", "text and image_url parts are", param=f"{path}[{i}].type", code="unsupported_value")
+                raise BadRequest(f"`{path}[{i}].type` {_show(kind)} is not supported", "text, image_url and file parts are", param=f"{path}[{i}].type", code="unsupported_value")
         return parts
 
+    def _image(self, part: Mapping[str, Any], path: str) -> Part:
+        """{"type": "image_url", "image_url": {"url", "detail"}}, or {"type": "input_image", "image_url": URL}."""
+        url = part.get("image_url")
+        if url is None and part.get("file_id"):
+            raise self._no_store(f"{path}.file_id")
+        return media_part(url.get("url") if isinstance(url, dict) else url, f"{path}.image_url")
+
+    def _file(self, part: Mapping[str, Any], path: str) -> Part:
+        """{"type": "file", "file": {"file_data", "filename"}}, or {"type": "input_file", "file_data" or "file_url", "filename"}."""
+        given, path = (part.get("file"), f"{path}.file") if part["type"] == "file" else (part, path)
+        if not isinstance(given, dict):
+            raise BadRequest(f"`{path}` must be an object with file_data", f"found {_show(given)}", param=path, code="invalid_type")
+        field = next((key for key in ("file_data", "file_url", "file_id") if given.get(key) is not None), "file_data")
+        if field == "file_id":
+            raise self._no_store(f"{path}.file_id")
+        name = given.get("filename")
+        return media_part(given.get(field), f"{path}.{field}", _clean(name)[:200] if isinstance(name, str) else "", bare=True)
+
     @staticmethod
-    def _image(url: Any, path: str) -> ImagePart:
-        m = re.match(r"data:([a-z]+/[a-z+.-]+)(?:;[^,;]*)*;base64,", url) if isinstance(url, str) else None
-        if m is None:
-            raise BadRequest(f"`{path}` must be a data: URL in base64", f"found {_show(url)[:40]}; this proxy fetches nothing from the network for a request",
-                             "send data:image/png;base64,...", param=path, code="invalid_image_url")
-        mime, data = m.group(1).replace("image/jpg", "image/jpeg"), url[m.end():]
-        if mime not in IMAGE_TYPES:
-            raise BadRequest(f"`{path}` is of type {mime}", f"the types taken are {', '.join(IMAGE_TYPES)}", param=path, code="invalid_image_format")
-        try:
-            base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError):
-            raise BadRequest(f"`{path}` is not valid base64", param=path, code="invalid_base64") from None
-        return ImagePart(mime, data)
+    def _no_store(path: str) -> BadRequest:
+        return BadRequest(f"`{path}` names no file here", "this proxy keeps no files", "send the file itself, as file_data", param=path, code="unsupported_value")
 
     @staticmethod
     def _from_responses(body: Mapping[str, Any]) -> Dict[str, Any]:
@@ -8171,11 +8298,163 @@ def merged_events(answers: Sequence[Answer]) -> Iterator[Tuple[int, Event]]:
 DIALECTS = {"/chat/completions": ChatCompletions()}
 
 
+# === Fetching ========================================================================================================
+# Images and PDFs that a client names by URL, with --allow-image-urls only: whoever may ask may then have this machine ask others. So it
+# asks public addresses only, at the very address that was looked at, shows nothing of its own, and gives on what is an image or a PDF.
+
+IDLE_SECONDS, HEAD_SECONDS, BODY_SECONDS, WRITE_SECONDS = 120.0, 20.0, 120.0, 120.0     # time-outs for slow and for absent clients
+FETCH_SECONDS = 30.0        # for all URLs of a request together; clients give up after 60 s without a byte
+FETCH_BYTES = 20 << 20      # of one image or file; OpenAI's limit for an image was as much
+MAX_LINKS, FETCHERS, MAX_REDIRECTS, MAX_URL = 20, 4, 3, 8000
+GLOBAL_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
+NOT_PUBLIC = {ipaddress.ip_address("168.63.129.16")}        # looks public and is Azure's own service for each machine there
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+
+
+class TimedReader(io.RawIOBase):
+    """A socket's input with an absolute deadline: a client that sends a byte a second cannot hold a thread for ever."""
+
+    def __init__(self, connection: socket.socket, deadline: Optional[float] = None):
+        self._connection, self.deadline = connection, deadline or time.monotonic() + IDLE_SECONDS
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("the request took too long")
+        self._connection.settimeout(left)
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(WRITE_SECONDS)
+
+
+def is_public(address: Address) -> bool:
+    """Is it an address on the Internet? Of an IPv6 address with an IPv4 address in it, that one counts."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (ipaddress.IPv4Address(int(address) & 0xffffffff) if address in NAT64 else None)
+        if inner is not None:
+            return is_public(inner)
+        if address not in GLOBAL_UNICAST:       # is_global is true of ff02::1 and fec0::1
+            return False
+    return address.is_global and not address.is_multicast and not address.is_reserved and address not in NOT_PUBLIC
+
+
+def connect_allowed(host: str, port: int, deadline: float, allowed: Callable[[Address], bool]) -> socket.socket:
+    """A connection to the first address of the host that answers, if all of them are allowed. OSError; ValueError if they are not."""
+    found: queue.SimpleQueue = queue.SimpleQueue()
+
+    def look() -> None:             # in a thread, which stays behind if it must: getaddrinfo() takes no limit
+        try:
+            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as e:
+            found.put(e)
+    threading.Thread(target=look, name="resolver", daemon=True).start()
+    try:
+        answer = found.get(timeout=max(0.0, deadline - time.monotonic()))
+    except queue.Empty:
+        raise socket.timeout from None
+    if isinstance(answer, Exception):
+        raise answer
+    addresses = [ipaddress.ip_address(row[4][0].partition("%")[0]) for row in answer]
+    if not all(allowed(a) for a in addresses):
+        raise ValueError("its host has an address that is not public")
+    for left in range(len(addresses), 0, -1):       # each gets its share of the time: IPv6 may lead nowhere
+        try:
+            return socket.create_connection((str(addresses[-left]), port), max(0.01, deadline - time.monotonic()) / left)
+        except OSError:
+            if left == 1:
+                raise
+    raise OSError("its host has no address")
+
+
+def get_once(url: str, most: int, deadline: float, allowed: Callable[[Address], bool]) -> Tuple[str, bytes]:
+    """(where it is redirected to, b"") or ("", the body) of one GET. OSError, HTTPException, or ValueError with the reason."""
+    parts = urllib.parse.urlsplit(url)
+    tls = parts.scheme == "https"
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or len(url) > MAX_URL:
+        raise ValueError(f"it is not an http(s) URL, or has a user name in it, or over {MAX_URL} characters")
+    target = urllib.parse.quote((parts.path or "/") + ("?" + parts.query if parts.query else ""), "%/:=&?~+!$,;'@()*[]")
+    http_client = http.client.HTTPConnection(parts.hostname, parts.port or (443 if tls else 80))
+    http_client.default_port = 443 if tls else 80       # goes without saying in the Host header
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(connect_allowed(parts.hostname, http_client.port, deadline, allowed))
+        sock.settimeout(max(0.01, deadline - time.monotonic()))
+        if tls:
+            import ssl                              # here, because a Python may have been built without it
+            sock = stack.enter_context(ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname))
+        http_client.sock = sock
+        http_client.request("GET", target, headers={"User-Agent": "cliproxy/" + VERSION, "Accept": "image/*, application/pdf", "Connection": "close"})
+        response = stack.enter_context(http.client.HTTPResponse(sock, method="GET"))
+        response.fp.close()
+        response.fp = io.BufferedReader(TimedReader(sock, deadline))        # or each byte that drips in would have the whole time
+        response.begin()
+        if response.status in (301, 302, 303, 307, 308) and response.getheader("Location"):
+            return urllib.parse.urljoin(url, response.getheader("Location", "")), b""
+        if response.status != 200 or response.getheader("Content-Encoding", "identity").strip().lower() != "identity":
+            raise ValueError(f"its server answered with status {response.status}" if response.status != 200 else "its server sent it compressed, unasked")
+        data, piece = bytearray(), b"first"
+        while piece and len(data) <= most:
+            piece = response.read(65536)
+            data += piece
+        if len(data) > most or response.length:
+            raise ValueError(f"it has more than the {most} bytes that are taken" if len(data) > most else "it broke off")
+        return "", bytes(data)
+
+
+def fetched(url: str, path: str, most: int, deadline: float, allowed: Callable[[Address], bool] = is_public) -> Tuple[str, bytes]:
+    """(type, bytes) of the image or PDF at a URL, by the monotonic time `deadline`. BadRequest, without the URL, about the field at `path`."""
+    try:
+        for _ in range(1 + MAX_REDIRECTS):
+            url, data = get_once(url, most, deadline, allowed)
+            if not url:
+                mime = media_type(data)
+                if mime is None:
+                    raise ValueError("what is there is no png, jpeg, webp, gif or pdf")
+                return mime, data
+        why = f"it is redirected more than {MAX_REDIRECTS} times"
+    except socket.timeout:
+        why = "it took too long"
+    except http.client.HTTPException:
+        why = "its server does not speak HTTP, or broke off"
+    except (OSError, ValueError) as e:
+        why = getattr(e, "verify_message", "") or getattr(e, "strerror", "") or str(e)
+    raise BadRequest(f"`{path}` could not be fetched", why, "send it as a data: URL", param=path, code="invalid_image_url")
+
+
+def with_fetched(request: Request, fetch: Optional[Callable[[str, str], Tuple[str, bytes]]], most: int = 32 << 20) -> Request:
+    """The request with what its links lead to in their place, each URL fetched once. `fetch(url, path)` is fetched() with its limits; None
+    is a server that fetches nothing. `most` bytes of base64 for all of them. BadRequest for the first in the request that fails; TooLarge."""
+    links: Dict[str, LinkPart] = {}
+    for p in (p for m in request.messages for p in m.parts if isinstance(p, LinkPart)):
+        links.setdefault(p.url, p)
+    if not links:
+        return request
+    first = next(iter(links.values()))
+    if fetch is None:
+        raise BadRequest(f"`{first.path}` must be a data: URL in base64", "this proxy fetches nothing from the network for a request",
+                         "send data:image/png;base64,..., or start cliproxy with --allow-image-urls", param=first.path, code="invalid_image_url")
+    if len(links) > MAX_LINKS:
+        raise BadRequest(f"the request names {len(links)} URLs", f"at most {MAX_LINKS} are fetched", "send the images as data: URLs", param="messages", code="invalid_image_url")
+    from concurrent.futures import ThreadPoolExecutor       # here, because few need it and it takes 10 ms
+    room, parts = most, {}      # type: int, Dict[str, Tuple[str, str]]
+    with ThreadPoolExecutor(FETCHERS, "fetch") as pool:     # an error closes map()'s generator, which calls off what has not begun
+        for link, (mime, data) in zip(links.values(), pool.map(lambda link: fetch(link.url, link.path), links.values())):     # type: ignore[misc]
+            parts[link.url] = mime, base64.b64encode(data).decode()
+            room -= len(parts[link.url][1])
+            if room < 0:
+                raise TooLarge("the images and files that the request names are too large", f"the limit is {most} bytes in base64",
+                               "send fewer, or start cliproxy with a larger --max-body-mb")
+    put = lambda p: made_part(*parts[p.url], p.name) if isinstance(p, LinkPart) else p      # noqa: E731
+    return replace(request, messages=tuple(replace(m, parts=tuple(map(put, m.parts))) for m in request.messages))
+
+
 # === Server ==========================================================================================================
 # Sockets, chunks, keys, limits, the request log. A thread for each connection; the thread pulls the events and writes the
 # frames, so a client that reads slowly slows its CLI down and nothing piles up.
 
-IDLE_SECONDS, HEAD_SECONDS, BODY_SECONDS, WRITE_SECONDS = 120.0, 20.0, 120.0, 120.0     # time-outs for slow and for absent clients
 LINGER_SECONDS = 2.0        # for a client that is still sending what was refused
 STOP_POLL = 0.2             # seconds between a listener's looks at whether it is to stop
 COMMIT_AFTER = 30.0         # seconds without an event until a stream gets its 200 and keep-alives; clients give up after 60
@@ -8191,26 +8470,6 @@ def log(**fields: Any) -> None:
     words = (f"{k}={v if not isinstance(v, str) or plain(v) else json.dumps(v)}" for k, v in fields.items() if v is not None)
     sys.stderr.write(f"time={stamp} {' '.join(words)}\n")
     sys.stderr.flush()
-
-
-class TimedReader(io.RawIOBase):
-    """A socket's input with an absolute deadline: a client that sends a byte a second cannot hold a thread for ever."""
-
-    def __init__(self, connection: socket.socket):
-        self._connection, self.deadline = connection, time.monotonic() + IDLE_SECONDS
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("the request took too long")
-        self._connection.settimeout(left)
-        try:
-            return self._connection.recv_into(buffer)
-        finally:
-            self._connection.settimeout(WRITE_SECONDS)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -8420,6 +8679,8 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError) as e:       # no UTF-8, no JSON, a number of 5,000 digits
             raise BadRequest("we could not parse the JSON body of your request", str(e), code="invalid_json") from None
         request, state = dialect.parse(body, self._fields.get("key", "")), self.server.state
+        deadline, most = time.monotonic() + FETCH_SECONDS, min(FETCH_BYTES, state.settings.max_body)
+        request = with_fetched(request, (lambda url, path: fetched(url, path, most, deadline)) if state.settings.image_urls else None, state.settings.max_body)
         request = replace(request, session=self._session_name())
         self._fields.update(model=request.model, stream=int(request.stream), in_session=1 if request.session else None)
         with contextlib.ExitStack() as scopes:
@@ -9096,7 +9357,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise ConfigError(f"--checkpoint-at must be between 10 and 100 percent, found {args.checkpoint_at:g}")
     if args.drain < 0:
         raise ConfigError(f"--drain must not be negative, found {args.drain:g}")
-    return Settings(host=args.host, port=args.port, keys=keys, allow_hosts=tuple(args.allow_host), cors_origins=tuple(args.cors_origin), strict=args.strict, go_on=not args.no_continue,
+    return Settings(host=args.host, port=args.port, keys=keys, allow_hosts=tuple(args.allow_host), cors_origins=tuple(args.cors_origin), strict=args.strict, image_urls=args.allow_image_urls, go_on=not args.no_continue,
                     keepalive=args.keepalive, max_body=args.max_body_mb << 20, max_connections=args.max_connections, drain=args.drain,
                     checkpoint=0.0 if args.no_checkpoint else args.checkpoint_at / 100, summary_model=args.summary_model,
                     session_ttl=args.session_ttl * 86400, session_wait=args.session_busy == "wait", max_sessions=args.max_sessions, max_session=args.max_session_mb << 20)
@@ -9441,6 +9702,7 @@ def argument_parser() -> argparse.ArgumentParser:
     serve.add_argument("--route", metavar="NAME=CASCADE", action="append", default=[], help="a model name and who is asked for it, one after the other: "
                        "providers or provider/model, with commas between (repeatable)")
     serve.add_argument("--hedge-ms", metavar="MS", type=float, default=None, help="ask the next provider of a route too when there is no word after so long (default: never)")
+    serve.add_argument("--allow-image-urls", action="store_true", help="fetch images and PDFs that a request names by URL, from public addresses only (default: refuse them)")
     serve.add_argument("--no-continue", action="store_true", help="end an answer that broke off with an error, instead of having it continued")
     serve.add_argument("--checkpoint-at", metavar="N", type=float, default=70.0, help="percent of a model's window from which on older turns of a session go out in summary (default: %(default)s)")
     serve.add_argument("--no-checkpoint", action="store_true", help="never summarise: a conversation that is too long is an error")
