@@ -1051,6 +1051,7 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "jsonl",
           "images": true,
+          "strict_schemas": true,
           "argv": ["exec", {"if": "history", "argv": ["resume", "{uuid}"]}, "--skip-git-repo-check", "--ignore-rules", "--json", "@args", "-m", "{model}", "-"],
           "stdin": "{prompt}",
           "events": [
@@ -1066,6 +1067,7 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "text",
           "images": true,
+          "strict_schemas": true,
           "argv": ["exec", {"if": "history", "argv": ["resume", "{uuid}"]}, "--skip-git-repo-check", "--ignore-rules", "@args", "-m", "{model}", "-"],
           "stdin": "{prompt}",
           "stream": false
@@ -9702,7 +9704,7 @@ def argument_parser() -> argparse.ArgumentParser:
     serve.add_argument("--route", metavar="NAME=CASCADE", action="append", default=[], help="a model name and who is asked for it, one after the other: "
                        "providers or provider/model, with commas between (repeatable)")
     serve.add_argument("--hedge-ms", metavar="MS", type=float, default=None, help="ask the next provider of a route too when there is no word after so long (default: never)")
-    serve.add_argument("--allow-image-urls", action="store_true", help="fetch images and PDFs that a request names by URL, from public addresses only (default: refuse them)")
+    serve.add_argument("--allow-image-urls", action="store_true", help="fetch images and PDFs that a request names by URL, from public addresses only")
     serve.add_argument("--no-continue", action="store_true", help="end an answer that broke off with an error, instead of having it continued")
     serve.add_argument("--checkpoint-at", metavar="N", type=float, default=70.0, help="percent of a model's window from which on older turns of a session go out in summary (default: %(default)s)")
     serve.add_argument("--no-checkpoint", action="store_true", help="never summarise: a conversation that is too long is an error")

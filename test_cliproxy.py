@@ -6545,16 +6545,21 @@ def test_the_readme_lists_every_status_with_its_codes(readme):
 def test_the_readme_says_what_becomes_of_each_parameter(readme, name, model):
     rows = readme["parameter (name in the header)"]
     column = 1 + CLIS.index(name)
-    given = {"effort": "low", "response_format of json_schema": {"type": "json_schema", "json_schema": {"schema": {}}}, "response_format of json_object": {"type": "json_object"}}
+    strict = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
+    given = {"effort": "low", "response_format of json_schema": {"type": "json_schema", "json_schema": {"schema": strict}}, "response_format of json_object": {"type": "json_object"},
+             "tool_choice": "required", "parallel_tool_calls": False}
     for row in rows:
         words = [w for w in named(row[0]) if "." not in w]
         for parameter in words if "response_format" not in words else ["response_format of " + words[1]]:
-            parameter = cliproxy.WIRE_NAMES.get(parameter, parameter)
+            parameter = {**cliproxy.WIRE_NAMES, "functions": "tools", "function_call": "tool_choice"}.get(parameter, parameter)
             plain = parameter.partition(" ")[0]
-            turn = cliproxy.Turn(PROVIDERS[name], model, Request("m", (user("Hi"),), {plain: given.get(parameter, 1)}))
-            for way in PROVIDERS[name].strategies[:2]:
+            about_tools = plain in ("tools", "tool_choice", "parallel_tool_calls")
+            turn = cliproxy.Turn(PROVIDERS[name], model, Request("m", (user("Hi"),), {} if plain == "tools" else {plain: given.get(parameter, 1)},
+                                                                 tools=(cliproxy.Tool("f", "", {}),) if about_tools else ()))
+            ways = [way for way in PROVIDERS[name].strategies if (way.tools if about_tools else not (way.tools or {}).get("only"))]
+            for way in ways[:1 if about_tools else 2]:
                 how = cliproxy.Router(PROVIDERS, None)._params(turn, way)
-                assert how == {plain: row[column]}, (parameter, way.driver)
+                assert how[plain] == row[column] and set(how) <= {plain, "tools"}, (parameter, way.name)
 
 
 def test_the_readme_gives_the_defaults_of_residents(readme):
