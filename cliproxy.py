@@ -2615,7 +2615,7 @@ def mcp_answer(message: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -
         "initialize": {"protocolVersion": dig(message, ("params", "protocolVersion")), "capabilities": {"tools": {}}, "serverInfo": {"name": "cliproxy", "version": VERSION}},
         "tools/list": {"tools": list(tools)}, "ping": {},
         "tools/call": {"content": [{"type": "text", "text": "handed to the client"}]}}      # gemini calls before it ends the turn; its model never sees this
-    answer = {"result": results[method]} if method in results else {"error": {"code": -32601, "message": f"there is no {method} here"}}
+    answer = {"result": results[method]} if isinstance(method, str) and method in results else {"error": {"code": -32601, "message": f"there is no {method} here"}}
     return {"jsonrpc": "2.0", "id": number, **answer}
 
 
@@ -2671,10 +2671,9 @@ class _ToolHandler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
-            message = json.loads(body)
-        except ValueError:
+            message = json.loads(self.rfile.read(max(0, int(self.headers.get("Content-Length") or 0))))
+        except (ValueError, RecursionError):
             message = None
         self._send(*self.server.owner.answer(self.path, self.headers.get("Authorization", "").partition(" ")[2], message))
 
@@ -6276,14 +6275,17 @@ NOT_STRICT = {"allOf", "oneOf", "not", "if", "then", "else", "dependentRequired"
 
 def is_strict(schema: Any, root: bool = True) -> bool:
     """Would OpenAI take this schema in strict mode (platform.openai.com/docs/guides/structured-outputs#supported-schemas)?"""
-    if not isinstance(schema, dict) or schema.keys() & NOT_STRICT or root and (schema.get("type") != "object" or "anyOf" in schema):
+    if not isinstance(schema, dict) or schema.keys() & NOT_STRICT or root and (schema.get("type") != "object" or "anyOf" in schema or _deeper_than(schema, MAX_DEPTH)):
         return False
-    properties = schema.get("properties", {})
+    properties, any_of = schema.get("properties", {}), schema.get("anyOf", [])
+    groups = [properties, schema.get("$defs", {}), schema.get("definitions", {})]
+    if not isinstance(any_of, list) or not all(isinstance(group, dict) for group in groups):
+        return False
     if schema.get("type") == "object" or properties:
-        if schema.get("additionalProperties") is not False or not isinstance(properties, dict) or set(schema.get("required", ())) != set(properties):
+        required = schema.get("required", [])
+        if schema.get("additionalProperties") is not False or not isinstance(required, list) or sorted(map(str, required)) != sorted(properties):
             return False
-    inner = [*properties.values(), *schema.get("$defs", {}).values(), *schema.get("definitions", {}).values(), *schema.get("anyOf", ()),
-             *([schema["items"]] if "items" in schema else ())]
+    inner = [*(one for group in groups for one in group.values()), *any_of, *([schema["items"]] if "items" in schema else ())]
     return all(is_strict(one, False) for one in inner)
 
 
