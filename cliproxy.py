@@ -2478,11 +2478,12 @@ TOOL_LIMITS = {"prefix": "", "longest": 64, "description": 1 << 20, "reserved": 
 def wire_name(name: str, limits: Mapping[str, Any]) -> str:
     """What a CLI's model is to call a tool: the prefix that the CLI puts before it and the name, or, where that is too long, has other
     characters or is one of the CLI's own, what is left of the name and a part of its hash."""
-    room, reserved = limits["longest"] - len(limits["prefix"]), re.fullmatch(limits["reserved"], name)
+    room, prefix = limits["longest"] - len(limits["prefix"]), limits["prefix"]
+    reserved = re.fullmatch(limits["reserved"], name) or prefix and name.startswith(prefix)     # where a CLI leaves out the prefix, one could not tell
     if len(name) > room or not WIRE_NAME.fullmatch(name) or reserved:
         plain = "client_" * bool(reserved) + re.sub(r"[^A-Za-z0-9_-]", "_", name)
         name = plain[:room - 9] + "_" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
-    return limits["prefix"] + name
+    return prefix + name
 
 
 def wire_id(id: str) -> str:
