@@ -1154,6 +1154,8 @@ BUILTIN_PROVIDERS = r'''{
           "more_events": [
             {"if": {"method": "session/request_permission", "@tools": true}, "call": {"id": "params.toolCall.toolCallId", "name": {"path": "params.options.0.name", "match": ": (.*)$"},
               "arguments": "params.toolCall.rawInput"}, "cancel": true, "reply": {"outcome": {"outcome": "cancelled"}}},
+            {"if": {"params.update.sessionUpdate": "tool_call_update", "params.update.status": "failed", "@tools": true, "@calls": false},
+             "error": {"words": "its model called a tool that it does not have, or with arguments that are no object"}},
             {"if": {"result.stopReason": "cancelled", "@calls": true}, "done": "tool_calls"}],
           "open": [
             {"if": "tools", "serve": "tools:bare"},
@@ -1197,7 +1199,10 @@ BUILTIN_PROVIDERS = r'''{
           "stream": true
         }
       ],
-      "errors": [{"error": "not_logged_in", "match": "qwen oauth"}],
+      "errors": [
+        {"error": "not_logged_in", "match": "qwen oauth"},
+        {"error": "invalid_answer", "match": "^its model called a tool"}
+      ],
       "status": "(?m)^\\[API Error: (\\d{3})\\b|^(\\d{3})\\b",
       "failure": "(\\[API Error: .*\\])"
     },
@@ -4333,7 +4338,8 @@ class Talk(RuleReader):
     def _finish(self) -> None:
         """The answer is whole: the conversation may be gone on with, if what it holds is what the client has seen. After calls reasoning
         does not count against that: services want it to stay with them."""
-        self._asked = self._asked and bool(self._made) and not {call.name for call in self._made.values()} <= {tool.name for tool in self._turn.request.tools}
+        known = {tool.name for tool in self._turn.request.tools}        # claude answers any other call itself, and asks its model again
+        self._asked = self._asked and bool(self._made) and not all(c.name in known and "invalid_arguments" not in arguments_of(c) for c in self._made.values())
         self._talk.turns += 1
         messages, request, calls = self._turn.request.messages, self._turn.request, tuple(self._made.values())
         self._talk.seen = len(messages) + 1
