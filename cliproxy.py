@@ -149,11 +149,13 @@ Part = Union[TextPart, ImagePart, FilePart, LinkPart, CallPart, ResultPart]
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the client offers the model; `schema` is the JSON Schema of its arguments, {} if it gave none."""
+    """A function that the client offers the model; `schema` is the JSON Schema of its arguments, {} if it gave none. `custom`: to the
+    client it is a tool that takes a text, which is the argument `input` here."""
     name: str
     description: str
     schema: Mapping[str, Any]
     strict: Optional[bool] = None
+    custom: bool = False
 
 
 @dataclass(frozen=True)
@@ -8000,11 +8002,11 @@ class ChatCompletions:
         for i, row in enumerate(rows):
             path = f"{field_name}[{i}]"
             kind = row.get("type", "function") if isinstance(row, dict) else None
-            if kind != "function":
-                raise BadRequest(f"`{path}.type` {_show(kind)} is not supported", "a tool has to be a function of the client's", param=f"{path}.type", code="unsupported_value")
-            nested = not old and isinstance(row.get("function"), dict)
-            function, path = (row["function"], path + ".function") if nested else (row, path)
-            name, schema = function.get("name"), function.get("parameters")
+            if kind not in ("function", "custom"):
+                raise BadRequest(f"`{path}.type` {_show(kind)} is not supported", "a tool has to be a function, or a custom tool, of the client's", param=f"{path}.type", code="unsupported_value")
+            nested = not old and isinstance(row.get(kind), dict)
+            function, path = (row[kind], f"{path}.{kind}") if nested else (row, path)
+            name, schema = function.get("name"), function.get("parameters") if kind == "function" else CUSTOM_SCHEMA
             if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
                 raise BadRequest(f"`{path}.name` must be a name of 1 to {MAX_NAME} characters", f"found {_show(name)}", param=f"{path}.name")
             if name in [tool.name for tool in tools]:
@@ -8013,7 +8015,10 @@ class ChatCompletions:
                 raise BadRequest(f"invalid schema for function {_show(name)}", f"it must be a JSON Schema of type \"object\", found {_show(schema)}",
                                  param=f"{path}.parameters", code="invalid_function_parameters")
             description, strict = function.get("description"), function.get("strict")
-            tools.append(Tool(name, _clean(description) if isinstance(description, str) else "", schema or {}, strict if isinstance(strict, bool) else None))
+            said = _clean(description) if isinstance(description, str) else ""
+            if kind == "custom" and dig(function, ("format", "type")) == "grammar":
+                said += f"\nThe input has to fit this grammar: {_clean(json.dumps(function['format'], ensure_ascii=False))}"
+            tools.append(Tool(name, said, schema or {}, strict if isinstance(strict, bool) else None, kind == "custom"))
         return tuple(tools)
 
     @staticmethod
@@ -8021,9 +8026,9 @@ class ChatCompletions:
         """(tool_choice as Request.params has it, None for auto; the tools, or those that it allows)."""
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
             allowed = choice.get("allowed_tools") if isinstance(choice.get("allowed_tools"), dict) else choice
-            names = [dig(row, ("function", "name")) or dig(row, ("name",)) for row in allowed.get("tools") or ()]
+            names = [_name_in(row) for row in allowed.get("tools") or ()]
             choice, tools = allowed.get("mode", "auto"), tuple(tool for tool in tools if tool.name in names)
-        name = (dig(choice, ("function", "name")) or choice.get("name")) if isinstance(choice, dict) else None
+        name = _name_in(choice)
         if choice in (None, "auto"):
             return None, tools
         if not (isinstance(name, str) or choice in ("none", "required")):
@@ -8115,6 +8120,8 @@ class ChatCompletions:
             calls = raw.get("tool_calls")
             for i, call in enumerate(calls if isinstance(calls, list) else []):
                 name, arguments = dig(call, ("function", "name")), dig(call, ("function", "arguments"))
+                if isinstance(dig(call, ("custom", "input")), str):
+                    name, arguments = dig(call, ("custom", "name")), json.dumps({"input": call["custom"]["input"]})
                 if not isinstance(name, str) or not isinstance(arguments, str):
                     raise BadRequest(f"`{path}.tool_calls[{i}].function` must have a name, and arguments as a string", f"found {_show(call)}", param=f"{path}.tool_calls[{i}]")
                 parts.append(CallPart(str(call.get("id") or name), name, _clean(arguments)))
@@ -8172,9 +8179,14 @@ class ChatCompletions:
         messages: List[Any] = [{"role": "system", "content": body["instructions"]}] if isinstance(body.get("instructions"), str) else []
         for item in [{"role": "user", "content": items}] if isinstance(items, str) else items if isinstance(items, list) else []:
             kind = item.get("type") if isinstance(item, dict) else None
-            if kind == "function_call":
-                messages.append({"role": "assistant", "tool_calls": [{"id": item.get("call_id"), "function": {"name": item.get("name"), "arguments": item.get("arguments")}}]})
-            elif kind == "function_call_output":
+            if kind in ("function_call", "custom_tool_call"):
+                keys = ("name", "arguments") if kind == "function_call" else ("name", "input")
+                call = {"id": item.get("call_id"), "function" if kind == "function_call" else "custom": {key: item.get(key) for key in keys}}
+                if messages and isinstance(messages[-1], dict) and messages[-1].get("tool_calls"):      # made in one turn
+                    messages[-1]["tool_calls"].append(call)
+                else:
+                    messages.append({"role": "assistant", "tool_calls": [call]})
+            elif kind in ("function_call_output", "custom_tool_call_output"):
                 out = item.get("output")
                 messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": out if isinstance(out, (str, list)) else json.dumps(out)})
             elif kind != "reasoning":
@@ -8204,6 +8216,7 @@ class ChatCompletions:
 
         def chunk(index: int, delta: Mapping[str, Any], finish: Optional[str] = None) -> bytes:
             return self._frame({**base, "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}]})
+        custom: Dict[Tuple[int, int], str] = {}     # choice, index of a custom tool's call -> its arguments so far
         for i in range(len(answers)):
             yield chunk(i, {"role": "assistant", "content": ""})
         for index, event in events:
@@ -8213,13 +8226,20 @@ class ChatCompletions:
                 yield chunk(index, {"reasoning_content": event.text})
             elif isinstance(event, Refusal):
                 yield chunk(index, {"refusal": event.text})
+            elif isinstance(event, Call) and not event.name and (index, event.index) in custom:
+                custom[index, event.index] += event.arguments       # its text is known when it is whole
             elif isinstance(event, Call):
-                function = {**({"name": event.name} if event.name else {}), "arguments": event.arguments}
-                whose = {"id": event.id, "type": "function"} if event.name else {}
-                yield chunk(index, {"function_call": function} if request.old_functions else {"tool_calls": [{"index": event.index, **whose, "function": function}]})
+                kind = "custom" if event.name in [tool.name for tool in request.tools if tool.custom] else "function"
+                if kind == "custom":
+                    custom[index, event.index] = ""
+                function = {**({"name": event.name} if event.name else {}), "input" if kind == "custom" else "arguments": event.arguments}
+                whose = {"id": event.id, "type": kind} if event.name else {}
+                yield chunk(index, {"function_call": function} if request.old_functions else {"tool_calls": [{"index": event.index, **whose, kind: function}]})
             elif isinstance(event, Waiting):
                 yield b": keep-alive\n\n"
             elif isinstance(event, Done):
+                for choice, call in [key for key in custom if key[0] == index]:
+                    yield chunk(choice, {"tool_calls": [{"index": call, "custom": {"input": _custom_input(custom[choice, call])}}]})
                 yield chunk(index, {}, self._finish(request, event.reason))
         if request.stream_usage:
             yield self._frame({**base, "choices": [], "usage": self.usage(answers)})
@@ -8242,7 +8262,9 @@ class ChatCompletions:
             message: Dict[str, Any] = {"role": "assistant", "content": text or (None if answer.calls or refused else ""), "refusal": refused or None}
             if thought:
                 message["reasoning_content"] = thought
-            calls = [{"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for _, call in sorted(answer.calls.items())]
+            calls: List[Dict[str, Any]] = [
+                {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": _custom_input(call.arguments)}} if any(t.custom and t.name == call.name for t in request.tools) else
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for _, call in sorted(answer.calls.items())]
             if calls:
                 message.update({"function_call": calls[0]["function"]} if request.old_functions else {"tool_calls": calls})
             choices.append({"index": i, "message": message, "logprobs": None, "finish_reason": self._finish(request, answer.finish)})
@@ -8270,6 +8292,23 @@ class ChatCompletions:
 def _clean(text: str) -> str:
     """The text with lone surrogates, which no UTF-8 can carry, as U+FFFD: what every encoder on the way would make of them."""
     return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
+
+
+CUSTOM_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"], "additionalProperties": False}
+
+
+def _name_in(row: Any) -> Any:
+    """The name of the tool that a tool_choice, or one of those that are allowed, means."""
+    return dig(row, ("function", "name")) or dig(row, ("custom", "name")) or dig(row, ("name",))
+
+
+def _custom_input(arguments: str) -> str:
+    """What a custom tool is given, from the arguments that stand for it."""
+    try:
+        given = dig(json.loads(arguments), ("input",))
+    except ValueError:
+        given = None
+    return given if isinstance(given, str) else arguments
 
 
 def _numbered(messages: Sequence[Any]) -> Iterator[Any]:
