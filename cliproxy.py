@@ -9040,8 +9040,9 @@ def open_listeners(settings: Settings, state: State) -> List[Listener]:
 # OpenAI-compatible server it is given, the same things in turn, so that what is compared was measured in the same minutes.
 
 BENCH_PROMPT = "Write the numbers from 1 to {words} in digits, separated by spaces, and nothing else."
+BENCH_TOOL = {"type": "function", "function": {"name": "clock", "description": "Tells the time.", "parameters": {"type": "object", "properties": {}}}}
 BENCH_FAILS = "bench-fails-"        # a route that begins with a provider that always fails
-BENCH_COLUMNS = (("cold ms", "cold_ms"), ("warm ms", "warm_ms"), ("10 turns ms", "ten_turns_ms"), ("next turn ms", "next_turn_ms"),
+BENCH_COLUMNS = (("cold ms", "cold_ms"), ("warm ms", "warm_ms"), ("10 turns ms", "ten_turns_ms"), ("next turn ms", "next_turn_ms"), ("tool result ms", "tool_result_ms"),
                  ("failover ms", "failover_ms"), ("p95", "failover_p95_ms"),
                  ("streams", "streams"), ("words/s", "words_per_s"), ("gap p99 ms", "gap_p99_ms"), ("MB/stream", "mb_per_stream"), ("CPU s/1000 words", "cpu_s_per_1000_words"))
 
@@ -9065,8 +9066,8 @@ class Streamed:
     failover: Optional[float] = None
 
 
-def bench_ask(target: Target, messages: Sequence[Mapping[str, Any]]) -> Streamed:
-    """One streamed chat completion. ConfigError in words if it fails."""
+def bench_ask(target: Target, messages: Sequence[Mapping[str, Any]], **more: Any) -> Streamed:
+    """One streamed chat completion, with `more` in its body. ConfigError in words if it fails."""
     at = urllib.parse.urlsplit(target.url)
     connection = (http.client.HTTPSConnection if at.scheme == "https" else http.client.HTTPConnection)(at.netloc, timeout=300)
     headers = {"Content-Type": "application/json", **({"Authorization": "Bearer " + target.key} if target.key else {})}
@@ -9074,7 +9075,7 @@ def bench_ask(target: Target, messages: Sequence[Mapping[str, Any]]) -> Streamed
         try:
             connection.connect()
             began = time.monotonic()
-            connection.request("POST", at.path.rstrip("/") + "/chat/completions", json.dumps({"model": target.model, "stream": True, "messages": messages}), headers)
+            connection.request("POST", at.path.rstrip("/") + "/chat/completions", json.dumps({"model": target.model, "stream": True, "messages": messages, **more}), headers)
             response = connection.getresponse()
             if response.status != 200:
                 raise ConfigError(f"{target.name} answered {response.status}: {response.read(500).decode('utf-8', 'replace')}")
@@ -9147,12 +9148,19 @@ def bench_streams(target: Target, prompt: str, streams: int) -> Dict[str, Any]:
     return result
 
 
+def bench_tool_result(target: Target, question: Mapping[str, Any]) -> Streamed:
+    """The second leg of a tool call that was made elsewhere: its result comes with the whole conversation."""
+    call = {"id": "call_" + uuid.uuid4().hex[:24], "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    return bench_ask(target, [question, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "tool_call_id": call["id"], "content": "12:00"}],
+                     tools=[BENCH_TOOL])
+
+
 def bench_latency(targets: Sequence[Target], prompt: str, runs: int, say: Callable[[str], None]) -> Dict[str, Dict[str, Any]]:
     """Milliseconds to the first word, medians; the targets take turns, so that a busy moment of the machine hits all of them.
 
     For failover, which only our own targets have: from the failure of the provider before it, and the 95th percentile too."""
     import statistics       # here, because it brings decimal and fractions along, which a server has no use for
-    kinds = ("warm_ms", "ten_turns_ms", "next_turn_ms")
+    kinds = ("warm_ms", "ten_turns_ms", "next_turn_ms", "tool_result_ms")
     taken: Dict[str, Dict[str, List[float]]] = {t.name: {k: [] for k in (*kinds, *(["failover_ms"] if t.pid else []))} for t in targets}
     for run in range(runs):
         for target in targets:
@@ -9162,7 +9170,7 @@ def bench_latency(targets: Sequence[Target], prompt: str, runs: int, say: Callab
             again = bench_ask(target, [question, {"role": "assistant", "content": first.text}, {"role": "user", "content": f"Again. {prompt}"}])
             earlier = [m for i in range(10) for m in ({"role": "user", "content": f"Say {i} {uuid.uuid4().hex[:6]}."}, {"role": "assistant", "content": str(i)})]
             replayed = bench_ask(target, [*earlier, question])
-            for kind, got in zip(kinds, (first, replayed, again)):
+            for kind, got in zip(kinds, (first, replayed, again, bench_tool_result(target, question))):
                 taken[target.name][kind].append(got.first * 1000)
             if target.pid:
                 taken[target.name]["failover_ms"].append((bench_ask(replace(target, model=BENCH_FAILS + target.name), [question]).failover or math.nan) * 1000)
@@ -9182,7 +9190,7 @@ def command_bench(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
         if name not in providers:
             raise ConfigError(f"there is no provider {name}; there are {', '.join(providers)}")
     prompt = args.prompt.replace("{words}", str(args.words))
-    tell(f"this sends {1 + 4 * args.runs + args.streams} requests of about {args.words} words to each of: {', '.join([*names, *args.url])}")
+    tell(f"this sends {2 + 5 * args.runs + args.streams} requests of about {args.words} words to each of: {', '.join([*names, *args.url])}")
     with tempfile.TemporaryFile("w+") as log_file, contextlib.ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory(prefix="cliproxy-bench-"))
         process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--port", "0", "--no-warm", "--state", state,
@@ -9197,6 +9205,7 @@ def command_bench(args: argparse.Namespace, providers: Dict[str, Provider]) -> i
             say(f"first request: {target.name}")
             try:
                 result[target.name] = {"cold_ms": round(bench_ask(target, [{"role": "user", "content": prompt}]).first * 1000)}
+                bench_tool_result(target, {"role": "user", "content": prompt})      # gemini starts a process for it
             except ConfigError as e:
                 failed.append(str(e))
                 targets.remove(target)
