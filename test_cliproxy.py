@@ -6198,11 +6198,11 @@ def test_a_proxy_for_other_machines_wants_a_key_but_no_local_name(serve):
 def test_bench_measures_a_cli_and_another_server_in_one_run_and_counts_all_streams(proxy):
     ended = subprocess.run([sys.executable, "-W", "error", SCRIPT, "bench", "echo", "--url", f"http://127.0.0.1:{proxy.port}/v1", "--model", "echo",
                             "--runs", "1", "--streams", "3", "--words", "7", "--json"], env=proxy.env, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0 and ended.stderr == f"this sends 8 requests of about 7 words to each of: echo, http://127.0.0.1:{proxy.port}/v1\n", ended.stderr
+    assert ended.returncode == 0 and ended.stderr == f"this sends 10 requests of about 7 words to each of: echo, http://127.0.0.1:{proxy.port}/v1\n", ended.stderr
     rows = json.loads(ended.stdout)["targets"]
     ours, other = rows.values()
     assert list(rows) == ["echo", f"http://127.0.0.1:{proxy.port}/v1"] and ours["streams"] == other["streams"] == "3/3"
-    assert {"cold_ms", "warm_ms", "ten_turns_ms", "next_turn_ms", "words_per_s"} <= other.keys() & ours.keys()
+    assert {"cold_ms", "warm_ms", "ten_turns_ms", "next_turn_ms", "tool_result_ms", "words_per_s"} <= other.keys() & ours.keys()
     assert ours["cpu_s_per_1000_words"] >= 0 and "mb_per_stream" in ours and not {"cpu_s_per_1000_words", "mb_per_stream"} & other.keys()
 
 
