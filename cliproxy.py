@@ -2735,7 +2735,7 @@ def arguments_of(call: CallPart) -> Dict[str, Any]:
     """A call's arguments, for an API that takes an object only. What the model wrote instead of one is no less part of the history."""
     try:
         value = json.loads(call.arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {"invalid_arguments": call.arguments}
 
@@ -4448,7 +4448,7 @@ def same_call(call: CallPart) -> CallPart:
     """The call with its arguments in one of the forms that mean the same: clients read them and write them anew."""
     try:
         return replace(call, arguments=json.dumps(json.loads(call.arguments or "{}"), sort_keys=True))
-    except ValueError:
+    except (ValueError, RecursionError):
         return call
 
 
@@ -8011,8 +8011,8 @@ class ChatCompletions:
                 raise BadRequest(f"`{path}.name` must be a name of 1 to {MAX_NAME} characters", f"found {_show(name)}", param=f"{path}.name")
             if name in [tool.name for tool in tools]:
                 raise BadRequest(f"`{path}.name` {_show(name)} is there twice", "a call would not tell which of the two it means", param=f"{path}.name")
-            if schema is not None and (not isinstance(schema, dict) or schema.get("type", "object") != "object"):
-                raise BadRequest(f"invalid schema for function {_show(name)}", f"it must be a JSON Schema of type \"object\", found {_show(schema)}",
+            if schema is not None and (not isinstance(schema, dict) or schema.get("type", "object") != "object" or _deeper_than(schema, MAX_DEPTH)):
+                raise BadRequest(f"invalid schema for function {_show(name)}", f"it must be a JSON Schema of type \"object\", of at most {MAX_DEPTH} levels, found {_show(schema)}",
                                  param=f"{path}.parameters", code="invalid_function_parameters")
             description, strict = function.get("description"), function.get("strict")
             said = _clean(description) if isinstance(description, str) else ""
@@ -8085,6 +8085,8 @@ class ChatCompletions:
             raise BadRequest("`response_format.type` must be text, json_object or json_schema", f"found {_show(form)}", param="response_format")
         if kind == "json_schema" and not isinstance(dig(form, ("json_schema", "schema")), dict):
             raise BadRequest("`response_format.json_schema.schema` must be an object", f"found {_show(form)}", param="response_format.json_schema.schema")
+        if _deeper_than(form, MAX_DEPTH):
+            raise BadRequest("`response_format.json_schema.schema` is nested too deeply", f"the limit is {MAX_DEPTH} levels", param="response_format.json_schema.schema")
         return form
 
     def _messages(self, rows: Iterable[Any]) -> Tuple[Message, ...]:
@@ -8306,7 +8308,7 @@ def _custom_input(arguments: str) -> str:
     """What a custom tool is given, from the arguments that stand for it."""
     try:
         given = dig(json.loads(arguments), ("input",))
-    except ValueError:
+    except (ValueError, RecursionError):
         given = None
     return given if isinstance(given, str) else arguments
 
