@@ -642,7 +642,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 import cliproxy  # noqa: E402
-from cliproxy import CallPart, Done, ImagePart, Limit, Message, Request, ResultPart, Text, TextPart, Thinking, Usage, Waiting  # noqa: E402
+from cliproxy import Call, CallPart, Done, ImagePart, Limit, Message, Refusal, Request, ResultPart, Text, TextPart, Thinking, Tool, Usage, Waiting  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error")
 SCRIPT = os.path.join(HERE, "cliproxy.py")
@@ -4146,6 +4146,405 @@ def test_a_state_directory_that_cannot_be_written_is_no_reason_to_stop(tmp_path,
     breakers.load(lambda key: SETTINGS)
     failing(breakers, 3)
     assert states(breakers) == {"claude/sonnet": "open"} and {r["event"] for r in rows} == {"breaker", "state-unusable"}
+
+
+# === JSON schema =====================================================================================================
+
+INF = float("inf")
+LIST = {"type": "object", "properties": {"value": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+        "required": ["value", "next"], "additionalProperties": False}
+UNION = {"anyOf": [
+    {"type": "object", "properties": {"x": {"type": "number"}, "kind": {"const": "point"}}, "required": ["kind", "x"], "additionalProperties": False},
+    {"type": "object", "properties": {"kind": {"enum": ["name"]}, "first": {"type": "string"}}, "required": ["kind", "first"], "additionalProperties": False},
+    {"type": "null"}]}
+
+FITS = [
+    (1, True), (1, {}), (1, {"type": "integer"}), (1.0, {"type": "integer"}), (1e300, {"type": "integer"}), (1.5, {"type": "number"}),
+    (10 ** 30, {"type": "number"}), (None, {"type": ["string", "null"]}), (True, {"type": "boolean"}), ([], {"type": "array"}), ({}, {"type": "object"}),
+    ("b", {"enum": ["a", "b"]}), (1.0, {"enum": [1]}), ({"a": [1]}, {"enum": [{"a": [1.0]}]}), ({"b": 1, "a": 2}, {"const": {"a": 2, "b": 1}}),
+    (None, {"const": None}), (3, {"anyOf": [{"type": "string"}, {"type": "integer"}]}), (3, {"oneOf": [{"type": "string"}, {"type": "integer"}]}),
+    (3, {"allOf": [{"minimum": 1}, {"maximum": 3}]}), (3, {"not": {"type": "string"}}), ("a", {"$ref": "#/$defs/s", "$defs": {"s": {"type": "string"}}}),
+    (5, {"$ref": "https://example.com/schema"}), (5, {"$ref": "#/$defs/none"}), (5, {"$ref": "#anchor", "type": "integer"}),
+    (5, {"$ref": "#/anyOf/7", "anyOf": [{}]}), ({"value": 1, "next": {"value": 2, "next": None}}, LIST),
+    ({"a": 1, "b": 2}, {"properties": {"a": {"type": "integer"}}}),
+    ({"a": 1, "x1": "s"}, {"properties": {"a": {}}, "patternProperties": {"^x": {"type": "string"}}, "additionalProperties": False}),
+    ({"a": "s"}, {"additionalProperties": {"type": "string"}}), ({"a": 1}, {"additionalProperties": True}),
+    ({"a": 1}, {"patternProperties": {r"\p{L}": {}}, "additionalProperties": False}),
+    ([1, "a", True], {"prefixItems": [{"type": "integer"}, {"type": "string"}], "items": {"type": "boolean"}}),
+    ([1], {"prefixItems": [{}, {}], "items": False}), ([1, "a"], {"items": [{"type": "integer"}, {"type": "string"}], "additionalItems": False}),
+    ([1, 2], {"minItems": 2, "maxItems": 2}),
+    ([1, True, "1", [1], [True], {"a": 1}, {"a": True}, 0, False, None, ["bool", 1], ["bool", True]], {"uniqueItems": True}), ([1, 1], {"uniqueItems": False}),
+    ("ab", {"minLength": 2, "maxLength": 2}), ("😀", {"maxLength": 1}), ("xaby", {"pattern": "ab"}), ("5", {"pattern": r"^\d$"}),
+    ("ä", {"pattern": r"^\p{L}+$"}), ("a/[", {"pattern": r"^[a-z]\/[[]$"}), ("aa", {"pattern": r"^(?<one>a)\k<one>$"}), ("$", {"pattern": r"^[$]$"}),
+    ("$", {"pattern": r"^\$$"}), ("&&", {"pattern": r"^[a&&b]+$"}), ("x", {"pattern": "a{99999999999999}"}), ("x", {"pattern": "("}),
+    ("x", {"pattern": "(" * 5000}), ("é", {"pattern": r"^\u00e9$"}), ("x", {"format": "hostname"}), (0.3, {"multipleOf": 0.1}), (1e300, {"multipleOf": 0.5}),
+    (4.5, {"multipleOf": 1.5}), (10 ** 400, {"multipleOf": 10}), (10 ** 400, {"multipleOf": 0.5}), (1, {"minimum": 1, "maximum": 1}),
+    (2, {"exclusiveMinimum": 1, "exclusiveMaximum": 3}), (10 ** 400, {"minimum": 1.5}), ("5", {"minimum": 7, "minItems": 3, "minProperties": 1}),
+    (7, {"minLength": 3, "pattern": "x", "format": "date", "required": ["a"], "uniqueItems": True}), ({}, {"maxProperties": 0}), (1, None), (1, []),
+    (1, "object"), (1, {"type": 5}), (1, {"type": ["string", 5]}), (1, {"type": []}), (1, {"type": "int"}), (1, {"type": {}}), ({"a": 1}, {"properties": []}),
+    ({"a": 1}, {"properties": {"a": 5}}), ({}, {"required": "a"}), ({}, {"required": [5, None]}), (1, {"enum": "abc"}), (1, {"enum": []}), (1, {"anyOf": {}}),
+    (1, {"anyOf": []}), (1, {"oneOf": 1}), (1, {"allOf": 5}), (1, {"not": 5}), (1, {"$ref": 5}), ([1], {"items": 5}), ([1], {"prefixItems": {}}),
+    ({"a": 1}, {"patternProperties": []}), ({"a": 1}, {"additionalProperties": "no"}), ("a", {"minLength": "5"}), ("", {"minLength": True}),
+    ("a", {"pattern": 5}), ("a", {"format": ["date"]}), ([1, 1], {"uniqueItems": "yes"}), (5, {"minimum": None, "multipleOf": 0}), (5, {"multipleOf": -2}),
+    (5, {"multipleOf": INF}), (1, {"exclusiveMinimum": True}),]
+
+
+@pytest.mark.parametrize("value, schema", FITS)
+def test_a_value_that_fits_has_no_problem(value, schema):
+    assert cliproxy.schema_problem(value, schema) is None
+
+
+PROBLEMS = [
+    ({"items": [{"price": 1}, {"price": 2}, {"price": "12"}]}, {"properties": {"items": {"items": {"properties": {"price": {"type": "number"}}}}}},
+     '$.items[2].price: expected a number, found "12"'),
+    (1, False, "$: expected nothing here, found 1"), (True, {"type": "number"}, "$: expected a number, found true"),
+    (True, {"type": "integer"}, "$: expected an integer, found true"), (1.5, {"type": "integer"}, "$: expected an integer, found 1.5"),
+    (INF, {"type": "integer"}, "$: expected an integer, found Infinity"), (1, {"type": "boolean"}, "$: expected true or false, found 1"),
+    ([1], {"type": "object"}, "$: expected an object, found an array"), ({}, {"type": ["array", "null"]}, "$: expected an array or null, found an object"),
+    ("c", {"enum": ["a", "b"]}, '$: expected one of "a", "b", found "c"'), (True, {"enum": [1]}, "$: expected 1, found true"),
+    (0, {"const": False}, "$: expected false, found 0"), ({"a": 1}, {"const": {"a": 2}}, '$: expected {"a":2}, found an object'),
+    (list(range(5)), {"enum": [list(range(4))]}, "$: expected [0,1,2,3], found an array"),
+    (None, {"anyOf": [{"type": "string"}, {"type": "integer"}]}, "$: expected a string or an integer, found null"),
+    (3, {"oneOf": [{"type": "number"}, {"type": "integer"}, {"type": "null"}]},
+     "$: expected what fits exactly one of the alternatives in oneOf, found 3, which fits 2"),
+    (5, {"allOf": [{"minimum": 1}, {"maximum": 3}]}, "$: expected a number of at most 3, found 5"),
+    ("a", {"not": {"type": "string"}}, '$: expected nothing that fits {"type":"string"}, found "a"'),
+    (1, {"not": True}, "$: expected nothing that fits true, found 1"),
+    (1, {"not": {"not": {"not": {"const": 1}}}}, '$: expected nothing that fits {"not":{"not":{"const":1}}}, found 1'),
+    (5, {"$ref": "#/$defs/s", "$defs": {"s": {"type": "string"}}}, "$: expected a string, found 5"),
+    (5, {"$ref": "#/anyOf/1", "anyOf": [{}, {"minimum": 6}]}, "$: expected a number of at least 6, found 5"),
+    (1, {"$ref": "#/definitions/a~1b%20~0c", "definitions": {"a/b ~c": {"type": "string"}}}, "$: expected a string, found 1"),
+    ({"aä": 1}, {"properties": {"aä": {"type": "null"}}}, '$["aä"]: expected null, found 1'),
+    ({"a": {"b": [0, "x"]}},
+     {"anyOf": [{"required": ["c"]}, {"properties": {"a": {"properties": {"b": {"items": {"type": "integer"}}}}}}, {"properties": {"a": {"type": "array"}}}]},
+     '$.a.b[1]: expected an integer, found "x"'),
+    ("a", {"$ref": "#/$defs/s", "minLength": 2, "$defs": {"s": {"type": "string"}}}, "$: expected a string of at least 2 characters, found 1"),
+    (5, {"$ref": "#/none", "type": "string"}, "$: expected a string, found 5"),
+    ({"value": 1, "next": {"value": 2, "next": {"value": "3", "next": None}}}, LIST, '$.next.next.value: expected an integer, found "3"'),
+    ({"value": 1}, LIST, '$: expected the property "next", found none of that name'),
+    ({"value": 1, "next": None, "a": 1, "b": 2}, LIST, '$: expected no properties but "value", "next", found also "a", "b"'),
+    ({"a": 1}, {"additionalProperties": False}, '$: expected no such properties, found also "a"'),
+    ({"a": 1}, {"additionalProperties": {"type": "string"}}, "$.a: expected a string, found 1"),
+    ({"x y": 1}, {"patternProperties": {"^x": {"type": "string"}}}, '$["x y"]: expected a string, found 1'),
+    ({"x": 1}, {"patternProperties": {"^x\\b": False}}, "$.x: expected nothing here, found 1"),
+    ([1, 2], {"prefixItems": [{}], "items": False}, "$[1]: expected nothing here, found 2"),
+    ([1, "a"], {"prefixItems": [{}, {"type": "integer"}]}, '$[1]: expected an integer, found "a"'),
+    ([1, 2], {"items": [{}], "additionalItems": False}, "$[1]: expected nothing here, found 2"),
+    ([1], {"minItems": 2}, "$: expected an array of at least 2 items, found 1"), ([1, 2], {"maxItems": 1}, "$: expected an array of at most 1 items, found 2"),
+    ([1, [2], 3, [2.0]], {"uniqueItems": True}, "$[3]: expected an item unlike all before it, found one equal to item 1, an array"),
+    ("abc", {"maxLength": 2}, "$: expected a string of at most 2 characters, found 3"),
+    ("xaby", {"pattern": "^ab"}, '$: expected a string that matches ^ab, found "xaby"'),
+    ("ab\n", {"pattern": "^ab$"}, '$: expected a string that matches ^ab$, found "ab\\n"'),
+    ("٣", {"pattern": r"^\d$"}, '$: expected a string that matches ^\\d$, found "٣"'), (0.35, {"multipleOf": 0.1}, "$: expected a multiple of 0.1, found 0.35"),
+    (INF, {"multipleOf": 2}, "$: expected a multiple of 2, found Infinity"), (1, {"minimum": 1.5}, "$: expected a number of at least 1.5, found 1"),
+    (1, {"exclusiveMinimum": 1}, "$: expected a number above 1, found 1"), (1, {"exclusiveMaximum": 1}, "$: expected a number below 1, found 1"),
+    ({"a": 1}, {"maxProperties": 0}, "$: expected an object of at most 0 properties, found 1"),
+    ("x" * 200, {"type": "null"}, '$: expected null, found "' + "x" * 76 + "..."),
+    ({"2": 1}, {"properties": {"2": {"type": "null"}}}, '$["2"]: expected null, found 1'),]
+
+
+@pytest.mark.parametrize("value, schema, problem", PROBLEMS)
+def test_a_problem_names_the_place_what_was_expected_and_what_found(value, schema, problem):
+    assert cliproxy.schema_problem(value, schema) == problem
+
+
+@pytest.mark.parametrize("value, problem", [
+    ({"kind": "name"}, '$: expected the property "first", found none of that name'), ({"kind": "name", "first": 5}, "$.first: expected a string, found 5"),
+    ({"kind": "name", "first": 5, "x": "1"}, "$.first: expected a string, found 5"), ({"kind": "point", "x": "1"}, '$.x: expected a number, found "1"'),
+    ({"kind": "circle", "x": 1}, '$.kind: expected "point" or "name", found "circle"'), (5, "$: expected an object or null, found 5"),
+    ({"kind": "point", "x": 1, "y": 2}, '$: expected no properties but "x", "kind", found also "y"')])
+def test_of_a_union_the_problem_is_that_of_the_alternative_that_was_meant(value, problem):
+    assert cliproxy.schema_problem(value, UNION) == cliproxy.schema_problem(value, {"oneOf": UNION["anyOf"]}) == problem
+
+
+def test_an_optional_value_that_is_wrong_is_not_said_to_have_to_be_null():
+    optional = {"anyOf": [{"type": "null"}, {"type": "object", "properties": {"state": {"enum": ["on", "off"]}}}]}
+    assert cliproxy.schema_problem({"state": "up"}, optional) == '$.state: expected one of "on", "off", found "up"'
+
+
+@pytest.mark.parametrize("name, good, bad", [
+    ("date-time", ["2025-01-31T12:00:00Z", "2025-01-31t12:00:60.123456789+05:30"],
+    ["2025-01-31T12:00:00", "2025-02-30T12:00:00Z", "2025-01-31", "2025-01-31T24:00:00Z", "", "2025-01-31T12:00:00Z\n"]),
+    ("date", ["2024-02-29"], ["2025-02-29", "20250131", "2025-1-1", "2025-W01-1", "2025-01-31T00:00:00Z", "٢٠٢٥-01-01"]),
+    ("time", ["12:00:00Z", "23:59:60", "12:00:00.5-01:00"], ["24:00:00", "12:60:00", "12:00", "12:00:00+25:00", "noon"]),
+    ("duration", ["P1D", "PT1.5S", "P1Y2M3DT4H5M6S", "P3W"], ["P", "PT", "1D", "P1DT", "P1W2D", "PT1D"]),
+    ("email", ["a@b.example", "a.b+c@localhost"], ["a", "a@", "@b", "a b@c", "a@b@c", "a@b..c", "a@b.c\n"]),
+    ("uuid", ["123e4567-E89b-12d3-a456-426614174000"],
+    ["123e4567e89b12d3a456426614174000", "{123e4567-e89b-12d3-a456-426614174000}", "123e4567-e89b-12d3-a456-42661417400g"]),
+    ("ipv4", ["127.0.0.1"], ["256.0.0.1", "1.2.3", "::1", "127.0.0.1 ", "1.2.3.4\0", "é"]),
+    ("ipv6", ["::1", "2001:db8::ff00:42:8329", "::ffff:1.2.3.4"], ["1.2.3.4", ":::", "12345::", "fe80::1%eth0", "\ud800"])])
+def test_a_format_takes_what_it_should_and_nothing_else(name, good, bad):
+    assert [cliproxy.schema_problem(text, {"format": name}) for text in good] == [None] * len(good)
+    assert [text for text in bad if cliproxy.schema_problem(text, {"format": name}) is None] == []
+
+
+@pytest.mark.parametrize("schema", [
+    {"$ref": "#"}, {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]},
+    {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#"}]}}},
+    {"not": {"not": {"$ref": "#"}}}])
+def test_a_ref_that_leads_back_to_itself_demands_nothing_and_ends(schema):
+    assert cliproxy.schema_problem([1], schema) is None
+
+
+def test_a_ref_that_leads_back_to_itself_still_has_what_stands_beside_it():
+    assert cliproxy.schema_problem(1, {"anyOf": [{"$ref": "#"}, {"type": "null"}], "type": "string"}) == "$: expected a string, found 1"
+
+
+def test_alternatives_that_multiply_are_looked_at_once():
+    defs = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}, {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}]}]} for i in range(60)}
+    # 2 ** 60 ways, were each gone
+    assert cliproxy.schema_problem(5, {"$ref": "#/$defs/d0", "$defs": {**defs, "d60": {"type": "string"}}}) == "$: expected a string, found 5"
+
+
+def test_many_unique_items_are_not_compared_each_with_each():
+    assert cliproxy.schema_problem([{"a": [i]} for i in range(100000)], {"uniqueItems": True}) is None, "each with each would take an hour"
+
+
+def nested(levels, leaf=1):
+    for _ in range(levels):
+        leaf = [leaf]
+    return leaf
+
+
+def test_what_is_nested_too_deeply_is_a_problem_and_no_error():
+    recursive = {"type": ["array", "integer"], "items": {"$ref": "#"}}
+    assert cliproxy.schema_problem(nested(90), recursive) is None
+    assert cliproxy.schema_problem(nested(90, "a"), recursive).endswith('[0]: expected an array or an integer, found "a"')
+    assert cliproxy.schema_problem(nested(150), recursive).endswith(f"expected at most {cliproxy.MAX_DEPTH} steps through the schema, found more")
+    assert cliproxy.schema_problem(nested(100000), {}) == f"$: expected a value of at most {cliproxy.MAX_DEPTH} levels, found one that is nested deeper"
+    assert cliproxy.schema_problem(1,
+    {"const": nested(100000)}) == f"$: expected a schema of at most {cliproxy.MAX_DEPTH} levels, found one that is nested deeper"
+    assert cliproxy.schema_problem(1,
+    {"not": {"$ref": "#/$defs/d0"}, "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(500)}}).endswith("steps through the schema, found more")
+
+
+@pytest.mark.parametrize("last",
+    [{"const": nested(cliproxy.MAX_DEPTH - 4)}, {"enum": [nested(cliproxy.MAX_DEPTH - 5)]}, {"minItems": 1, "uniqueItems": True},
+    {"not": {"const": nested(cliproxy.MAX_DEPTH - 5)}}])
+def test_the_deepest_that_is_looked_at_fits_the_stack(last):
+    steps = cliproxy.MAX_DEPTH - 3
+    schema = {"$ref": "#/$defs/d0", "$defs": {**{f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(steps)}, f"d{steps}": last}}
+    assert not re.search("levels|steps", cliproxy.schema_problem(nested(cliproxy.MAX_DEPTH, 2), schema) or "")
+
+
+@pytest.mark.parametrize("text, value", [
+    (' {"a": 1}\n', {"a": 1}), ("```json\n[1, 2]\n```", [1, 2]), ("\n```\n{}\n```  \n", {}), ("```JSON {}```", {}), ("```json5\n1\n```", 1),
+    ('```json\n{"a": "```\\n```"}\n```', {"a": "```\n```"}),
+    ('"```"', "```"), ("null", None), ("1e5", 1e5)])
+def test_an_answer_is_read_without_white_space_and_one_fence(text, value):
+    assert cliproxy.parsed_json(text) == value
+
+
+@pytest.mark.parametrize("text, problem", [
+    ("", "it is empty"), (" \n", "it is empty"), ("```json\n```", "it is empty"),
+    ('{\n"a": 1\n"b": 2}', "it is not JSON: Expecting ',' delimiter at line 3 column 1"), ("Sure! {}", "it is not JSON: Expecting value at line 1 column 1"),
+    ("{} that is it", "it is not JSON: Extra data at line 1 column 4"),
+    ("```json\n{}\n```\nor\n```json\n{}\n```", "it is not JSON: Extra data at line 2 column 1"), ("[NaN]", "it is not JSON: NaN is no number"),
+    ("-Infinity", "it is not JSON: -Infinity is no number"), ("[1e400]", "it is not JSON: 1e400 is no number"), ("[" * 100000, "it is nested too deeply"),
+    ("```json\n{}", "it is not JSON: Expecting value at line 1 column 1")])
+def test_what_is_no_json_is_said_in_plain_words(text, problem):
+    with pytest.raises(ValueError) as e:
+        cliproxy.parsed_json(text)
+    assert str(e.value) == problem
+
+
+def test_the_bare_text_of_an_answer_is_kept_to_the_letter():
+    assert cliproxy.json_text(' ```json\n{"a":  1.0}\n```\n') == '{"a":  1.0}' and cliproxy.json_text(' {"a":  1.0}\n') == '{"a":  1.0}' and cliproxy.json_text("``` a") == "``` a"
+
+
+def test_the_prompt_for_json_has_the_schema_compact_and_no_half_character():
+    prompt = cliproxy.json_prompt({"name": "trip", "description": "A way there.", "schema": {"type": "object", "title": "ä\ud800"}, "strict": True})
+    assert prompt.endswith('\n\n{"type":"object","title":"ä?"}') and "It is called trip. What it is for: A way there." in prompt and prompt.encode()
+    assert "called" not in cliproxy.json_prompt({"schema": {}}) and "first character is { and the last is }" in cliproxy.json_prompt(None)
+    assert "$.a: expected a string, found 1\n" in cliproxy.json_repair_prompt("$.a: expected a string, found 1")
+
+
+# === Tools in text ===================================================================================================
+
+TOOLS = (Tool("get_weather", "The weather in a city.", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}),
+Tool("now", "", {}),
+         Tool("strict", "", {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}, True))
+CALL = '{"tool_calls": [{"name": "get_weather", "arguments": {"city": "Köln"}}]}'
+
+
+def answer_in(*texts, done="stop"):
+    return iter([*(Text(t) for t in texts), Done(done)])
+
+
+def told(events):
+    """(text, [(name, arguments)], reason) of events; what a client makes of them."""
+    text, calls, reason = "", {}, None
+    for e in events:
+        if isinstance(e, Text):
+            text += e.text
+        elif isinstance(e, Call):
+            call = calls.setdefault(e.index, [e.name, ""])
+            assert (not e.arguments and e.name and re.fullmatch("call_[0-9a-f]{24}", e.id)) if call[1] == "" and e.name else not e.name and not e.id
+            call[1] += e.arguments
+        elif isinstance(e, Done):
+            reason = e.reason
+    return text, [tuple(c) for c in calls.values()], reason
+
+
+def cuts(text):
+    """The text whole, character by character, and in odd pieces."""
+    return [[text], list(text), *([text[:n], *(text[i:i + n] for i in range(n, len(text), n))] for n in (3, 7))]
+
+
+def test_the_prompt_tells_of_each_tool_and_how_to_call():
+    prompt = cliproxy.tools_prompt(TOOLS, None, True)
+    assert '\n{"name":"get_weather","description":"The weather in a city.","parameters":{"type":"object","properties":{"city":{"type":"string"}},"required":["city"]}}\n{"name":"now","parameters":{}}\n' in prompt
+    assert '{"tool_calls": [{"name": "NAME", "arguments": {"PARAMETER": "VALUE"}}]}' in prompt and "several calls" in prompt and "plain text. Never mix" in prompt and "must" not in prompt
+    assert "exactly one call" in cliproxy.tools_prompt(TOOLS, "auto", False) and "must call a tool" in cliproxy.tools_prompt(TOOLS, "required",
+    True) and "must call the tool now:" in cliproxy.tools_prompt(TOOLS, {"name": "now"}, True)
+    assert "{braces}" in cliproxy.tools_prompt((Tool("a", "{braces}", {}),), None, True)
+
+
+def test_calls_and_results_become_text_that_reads_as_it_was_written():
+    image = ImagePart("image/png", "aGk=")
+    system, user, end = Message("system", (TextPart("s"),)), Message("user", (TextPart("u"), image)), Message("user", (TextPart("and now?"),))
+    messages = (system, user, Message("assistant", (TextPart("Let me see."), CallPart("1", "get_weather", '{"city":"Köln"}'), CallPart("2", "now", ""))),
+                Message("tool", (ResultPart("1", "", "rain"),)), Message("tool", (ResultPart("2", "clock", "12:00"),)), end,
+                Message("assistant", (CallPart("1", "now", "not json"),)), Message("user", (ResultPart("1", "", "13:00"), TextPart("so?"), image)),
+                Message("assistant", (TextPart("a"),), "bob"))
+    out = cliproxy.messages_in_text(messages)
+    assert [(m.role, m.text) for m in out] == [
+        ("system", "s"), ("user", "u"),
+        ("assistant", 'Let me see.\n{"tool_calls": [{"name": "get_weather", "arguments": {"city":"Köln"}}, {"name": "now", "arguments": {}}]}'),
+        ("user", '<tool_result name="get_weather" id="1">\nrain\n</tool_result>\n\n<tool_result name="clock" id="2">\n12:00\n</tool_result>'),
+        ("user", "and now?"),
+        ("assistant", '{"tool_calls": [{"name": "now", "arguments": "not json"}]}'), ("user", '<tool_result name="now" id="1">\n13:00\n</tool_result>'),
+        ("user", "so?"), ("assistant", "a")]
+    assert out[0] is system and out[1] is user and out[4] is end and out[8] is messages[8] and out[7].parts == (TextPart("so?"), image)
+    assert not any(isinstance(p, (CallPart, ResultPart)) for m in out for p in m.parts)
+
+
+def test_results_at_the_end_and_of_unknown_calls_are_kept():
+    assert cliproxy.messages_in_text((Message("tool", (ResultPart("x", "", "r"),)),)) == (Message("user",
+    (TextPart('<tool_result name="" id="x">\nr\n</tool_result>'),)),)
+    assert cliproxy.messages_in_text((Message("tool", (ResultPart("x", "n", "r"), TextPart("t"))),))[1] == Message("user", (TextPart("t"),))
+    empty = Message("assistant", ())
+    assert cliproxy.messages_in_text((empty,))[0] is empty and cliproxy.messages_in_text(()) == ()
+
+
+def test_what_was_called_is_read_again_as_the_same_call():
+    said = cliproxy.messages_in_text((Message("assistant", (CallPart("1", "get_weather", '{"city": "a\\"b"}'),)),))[0].text
+    assert told(cliproxy.text_calls(answer_in(said), TOOLS, True)) == ("", [("get_weather", '{"city":"a\\"b"}')], "tool_calls")
+
+
+@pytest.mark.parametrize("text, calls", [
+    (CALL, [("get_weather", '{"city":"Köln"}')]), (f"\n ```json\n{CALL}\n```\n", [("get_weather", '{"city":"Köln"}')]),
+    (f"```{CALL}```", [("get_weather", '{"city":"Köln"}')]),
+    ('{\n  "tool_calls" : [\n{"name":"now","arguments":{}},{"name":"get_weather","arguments":{"city":"\\ud83d\\ude00","n":1.0}}]}',
+    [("now", "{}"), ("get_weather", '{"city":"😀","n":1.0}')]),
+    ('{"tool_calls": [{"name": "now", "arguments": "{\\"a\\": 1}"}]}', [("now", '{"a":1}')]),
+    ('{"tool_calls": [{"name": "now", "parameters": {"a": 1}}, {"name": "now", "input": {"b": 1}}]}', [("now", '{"a":1}'), ("now", '{"b":1}')]),
+    ('{"tool_calls": [{"id": "x", "type": "function", "function": {"name": "now", "arguments": "{}"}}]}', [("now", "{}")]),
+    ('{"tool_calls": [{"name": "now"}]}', [("now", "{}")]),
+    ('{"tool_calls": [{"name": "strict", "arguments": {"n": 1}}], "note": "x"}', [("strict", '{"n":1}')])])
+def test_an_answer_that_is_a_call_becomes_one_however_it_is_cut(text, calls):
+    for cut in cuts(text):
+        assert told(cliproxy.text_calls(answer_in(*cut), TOOLS, True)) == ("", calls, "tool_calls")
+        assert told(cliproxy.text_calls(answer_in(*cut), TOOLS, False, last=True)) == ("", calls[:1], "tool_calls")
+
+
+@pytest.mark.parametrize("text", [
+    "Hello", "", "  \n", "{}", '{"a": 1}', '{"tool_call": 1}', '{"tool_calls_": 1}', "```", "``", "```python\nprint(1)\n```", '```json\n{"a": 1}\n```', "`{`",
+    f"I call: {CALL}", f"[{CALL}]", '{ "name": "now", "arguments": {}}',
+    '"tool_calls"', "{{", '```json\n```'])
+def test_an_answer_that_is_no_call_stays_what_it_is_however_it_is_cut(text):
+    for cut in cuts(text):
+        assert told(cliproxy.text_calls(answer_in(*cut), TOOLS, True)) == (text, [], "stop")
+
+
+def test_text_flows_from_the_first_character_that_no_call_has():
+    def flows(text):
+        """How much of a text has come when the first of it goes out."""
+        for n, event in enumerate(cliproxy.text_calls(answer_in(*text), TOOLS, True)):
+            assert n == 0 and isinstance(event, Text)
+            return len(event.text)
+    assert [flows(t) for t in ("Hello", " \n Hello", "{}abc", '{"name": 1}', '{"tool_calls"; 1', "```\nabc", "```python\nabc", "``abc",
+    '```json\n{ "tool_x')] == [1, 4, 2, 3, 14, 5, 11, 3, 17]
+
+
+def test_what_is_not_text_passes_while_text_is_held():
+    events = [Thinking("hm"), Text(CALL[:20]), Usage(1, 2), Thinking("so"), Limit("x"), Waiting(), Text(CALL[20:]), Usage(output=3), Done("stop")]
+    out = list(cliproxy.text_calls(iter(events), TOOLS, True))
+    assert out[:6] == [Thinking("hm"), Usage(1, 2), Thinking("so"), Limit("x"), Waiting(), Usage(output=3)] and out[8:] == [Done("tool_calls")]
+    assert out[6] == Call(0, out[6].id, "get_weather") and out[7] == Call(0, arguments='{"city":"Köln"}') and re.fullmatch("call_[0-9a-f]{24}", out[6].id)
+
+
+def test_a_client_that_is_kept_waiting_by_a_call_is_told_so(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(cliproxy.time, "monotonic", lambda: clock[0])
+
+    def slow():
+        for c in CALL[:75]:
+            yield Text(c)
+            clock[0] += 1
+        yield Text(CALL[75:])
+        yield Done("stop")
+    out = list(cliproxy.text_calls(slow(), TOOLS, True))
+    assert [type(e) for e in out] == [Waiting] * 7 + [Call, Call, Done]
+
+
+UNCLEAR = [
+    ('{"tool_calls": [{"name": "now", "arguments": {}}', "stop", "it is not JSON: Expecting ',' delimiter at line 1 column 49"),
+    (CALL + " Done.", "stop", "it is not JSON: Extra data at line 1 column 74"), (CALL, "length", "it broke off before its end"),
+    (CALL, "content_filter", "a content filter ended it"), ('{"tool', "length", "it broke off before its end"),
+    ("{", "stop", "it is not JSON: Expecting property name enclosed in double quotes at line 1 column 2"),
+    ("```json\n" + CALL, "stop", "it is not JSON: Expecting value at line 1 column 1"),
+    ('{"tool_calls": []}', "stop", '"tool_calls" is an array, not an array of at least one call'),
+    ('{"tool_calls": 5}', "stop", '"tool_calls" is 5, not an array of at least one call'),
+    ('{"tool_calls": [5]}', "stop", "$.tool_calls[0] is 5, not an object"),
+    ('{"tool_calls": [{"name": "now", "arguments": {}}, {"name": "rm", "arguments": {}}]}', "stop",
+     '$.tool_calls[1] has the name "rm"; the tools are "get_weather", "now", "strict"'),
+    ('{"tool_calls": [{"name": ["now"]}]}', "stop", '$.tool_calls[0] has the name an array; the tools are "get_weather", "now", "strict"'),
+    ('{"tool_calls": [{"name": "now", "arguments": [1]}]}', "stop", "the arguments of $.tool_calls[0] are an array, not an object"),
+    ('{"tool_calls": [{"name": "get_weather"}]}', "stop", "the arguments of $.tool_calls[0] are null, not an object"),
+    ('{"tool_calls": [{"name": "now", "arguments": "now"}]}', "stop",
+     "the arguments of $.tool_calls[0] are a string, and it is not JSON: Expecting value at line 1 column 1"),
+    ('{"tool_calls": [{"name": "now", "arguments": {"a": NaN}}]}', "stop", "it is not JSON: NaN is no number"),
+    ('{"tool_calls": [{"name": "now", "arguments": {"a": 1e999}}]}', "stop", "it is not JSON: 1e999 is no number"),
+    ('{"tool_calls": [{"name": "now", "arguments": {"a": ' + "[" * 300 + "]" * 300 + "}}]}", "stop",
+     "the arguments of $.tool_calls[0] are nested in more than 200 levels")]
+
+
+@pytest.mark.parametrize("text, reason, problem", UNCLEAR)
+def test_a_call_that_cannot_be_read_says_why_before_anything_went_out_and_the_last_time_it_is_text(text, reason, problem):
+    for cut in cuts(text):
+        out = []
+        with pytest.raises(cliproxy.Unclear) as e:
+            out += cliproxy.text_calls(answer_in(*cut, done=reason), TOOLS, True)
+        assert (e.value.problem, e.value.text, str(e.value), out) == (problem, text, problem, [])
+        assert told(cliproxy.text_calls(answer_in(*cut, done=reason), TOOLS, True, last=True)) == (text, [], reason)
+    assert problem in cliproxy.calls_repair_prompt(problem)
+
+
+def test_arguments_that_do_not_fit_a_strict_tool_are_asked_for_once_more_and_then_taken():
+    text = '{"tool_calls": [{"name": "strict", "arguments": {"n": "1"}}]}'
+    with pytest.raises(cliproxy.Unclear,
+    match=r'the arguments of \$\.tool_calls\[0\] do not fit the parameters of strict: \$\.n: expected an integer, found "1"'):
+        list(cliproxy.text_calls(answer_in(text), TOOLS, True))
+    assert told(cliproxy.text_calls(answer_in(text), TOOLS, True, last=True)) == ("", [("strict", '{"n":"1"}')], "tool_calls")
+    loose = '{"tool_calls": [{"name": "get_weather", "arguments": {"city": 1}}]}'
+    assert told(cliproxy.text_calls(answer_in(loose), TOOLS, True))[1] == [("get_weather", '{"city":1}')]
+
+
+def test_an_error_in_the_middle_of_a_call_is_the_error():
+    def broken():
+        yield Text(CALL[:30])
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        list(cliproxy.text_calls(broken(), TOOLS, True))
+
+
+def test_every_beginning_of_a_call_and_nothing_else_is_held():
+    for whole in (' {\n"tool_calls"\t:', '```json\n { "tool_calls":', '```{"tool_calls":'):
+        assert all(cliproxy._MAYBE_CALLS.fullmatch(whole[:n]) and not cliproxy._CALLS.match(whole[:n]) for n in range(len(whole))) and cliproxy._CALLS.match(whole)
+        start = whole.index("{") + 1
+        assert not any(cliproxy._MAYBE_CALLS.fullmatch(whole[:n] + "x") for n in range(start, len(whole)))
+    assert json.loads(cliproxy._calls_text([CallPart("1", 'q"', "{}")])) == {"tool_calls": [{"name": 'q"', "arguments": {}}]}
 
 
 # === Router ==========================================================================================================
