@@ -637,6 +637,7 @@ import tempfile
 import threading
 import time
 import types
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1229,6 +1230,10 @@ def test_an_old_python_is_told_which_one_is_needed():
 # === Values ==========================================================================================================
 
 
+def texts(*pieces_of_text):
+    return [Text(t) for t in pieces_of_text]
+
+
 def user(*texts):
     return Message("user", tuple(TextPart(t) for t in texts))
 
@@ -1310,7 +1315,7 @@ PROVIDERS = cliproxy.load_providers(BUILTIN)
 
 
 def strategy(name, driver):
-    return next(s for s in PROVIDERS[name].strategies if s.driver == driver)
+    return next(s for s in PROVIDERS[name].strategies if s.name == driver)
 
 
 def test_providers_json_is_the_text_in_the_script_byte_for_byte():
@@ -2032,6 +2037,195 @@ def test_a_proxy_that_is_killed_leaves_nothing(serve):
         proxy.process.wait(LIMIT)
         eventually("nothing of it runs", lambda: not family & set(dict(processes())))
         eventually("no file is left", lambda: not os.listdir(os.path.join(proxy.folder, "tmp")))
+
+
+# === Tools ===========================================================================================================
+
+WEATHER = Tool("get_weather", "The weather in a city.", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]})
+CLOCK_TOOL = Tool("now", "", {})
+MCP_INIT = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "x"}}}
+
+
+def limits_of(name, driver):
+    return {**cliproxy.TOOL_LIMITS, **strategy(name, driver).tools}
+
+
+@pytest.mark.parametrize("name", ["get_weather", "a", "A-b_9", "x" * 45])
+def test_a_name_that_a_cli_takes_is_left_alone_but_for_the_prefix(name):
+    for limits in (limits_of("claude", "claude-stream"), limits_of("codex", "codex-app-server"), limits_of("qwen", "acp")):
+        assert cliproxy.wire_name(name, limits) == limits["prefix"] + name
+
+
+@pytest.mark.parametrize("name", ["wetter_für_köln", "天気", "a b", "a.b", "x" * 64, "x" * 100, "\ud800", "mcp__x__y", "exec_command"])
+def test_a_name_that_a_cli_does_not_take_becomes_one_that_it_does_and_no_two_the_same(name):
+    codex, claude, qwen = limits_of("codex", "codex-app-server"), limits_of("claude", "claude-stream"), limits_of("qwen", "acp")
+    for limits in (codex, claude, qwen):
+        wire, other = cliproxy.wire_name(name, limits), cliproxy.wire_name(name + "2", limits)
+        assert re.fullmatch("[A-Za-z0-9_-]+", wire) and len(wire) <= limits["longest"] and wire != other and wire.startswith(limits["prefix"])
+        assert not limits["reserved"] or not re.fullmatch(limits["reserved"], wire)
+        assert cliproxy.wire_name(name, limits) == wire, "a later turn has to name the call as the first did"
+
+
+@pytest.mark.parametrize("id, kept", [("toolu_1", True), ("call-A_9", True), ("x" * 64, True), ("x" * 65, False), ("a:b", False), ("ä", False), ("", False), ("a\n", False)])
+def test_an_id_that_a_service_does_not_take_becomes_one_that_it_does(id, kept):
+    wire = cliproxy.wire_id(id)
+    assert (wire == id) is kept and re.fullmatch("[A-Za-z0-9_-]{1,64}", wire) and wire == cliproxy.wire_id(id) != cliproxy.wire_id(id + "2")
+
+
+@pytest.mark.parametrize("schema, whole", [
+    ({}, {"type": "object", "properties": {}}), ({"properties": {"a": {}}}, {"type": "object", "properties": {"a": {}}}), ({"$ref": "#/$defs/a"}, {"type": "object", "$ref": "#/$defs/a"}),
+    ({"type": "object", "anyOf": []}, {"type": "object", "anyOf": []}), ({"type": "object", "additionalProperties": False}, {"type": "object", "additionalProperties": False, "properties": {}})])
+def test_a_schema_of_arguments_says_that_it_is_one_of_an_object(schema, whole):
+    assert cliproxy.object_schema(schema) == whole
+
+
+def test_tools_calls_and_results_go_out_under_the_names_of_the_wire_and_calls_come_back_under_the_clients():
+    odd, said = Tool("天気", "x" * 3000, {"description": "end"}), Message("assistant", (TextPart("hm"), CallPart("a:1", "天気", "{}"), CallPart("2", "gone", "{}")))
+    results = (Message("tool", (ResultPart("a:1", "", "r"),)), Message("tool", (ResultPart("2", "gone", "s"),)))
+    request = Request("m", (user("Hi"), said, *results), {"tool_choice": {"name": "天気"}}, tools=(WEATHER, odd))
+    out, names = cliproxy.wired(request, strategy("claude", "claude-stream").tools)
+    first, second = (t.name for t in out.tools)
+    assert first == "mcp__c__get_weather" and re.fullmatch("mcp__c____[0-9a-f_]+", second) and names[second] == "天気" and out.params == {"tool_choice": {"name": second}}
+    assert out.messages[0] is request.messages[0] and out.messages[1].parts[1:] == (CallPart(cliproxy.wire_id("a:1"), second, "{}"), CallPart("2", "mcp__c__gone", "{}"))
+    assert out.messages[2].parts == (ResultPart(cliproxy.wire_id("a:1"), "", "r"),) and out.messages[3].parts == (ResultPart("2", "mcp__c__gone", "s"),)
+    assert len(out.tools[1].description) == 2048 and out.tools[1].schema["description"] == "x" * 952 + "end", "claude cuts a description there"
+    events = [Text("t"), Call(0, "i", second), Call(0, arguments="{}"), Call(1, "j", "get_weather"), Call(2, "k", "mcp__c__unknown"), Done("tool_calls")]
+    assert list(cliproxy.unwired(iter(events), names, "mcp__c__")) == [
+        Text("t"), Call(0, "i", "天気"), Call(0, arguments="{}"), Call(1, "j", "get_weather"), Call(2, "k", "unknown"), Call(1, arguments="{}"), Call(2, arguments="{}"), Done("tool_calls")]
+
+
+@pytest.mark.parametrize("choice, then, tools", [(None, None, "get_weather now"), ("required", "required", "get_weather now"), ("none", None, ""), ({"name": "now"}, "required", "now")])
+def test_a_cli_that_can_be_told_only_to_call_something_is_given_nothing_else_to_call(choice, then, tools):
+    request, _ = cliproxy.wired(Request("m", (user("Hi"),), {"tool_choice": choice} if choice else {}, tools=(WEATHER, CLOCK_TOOL)), {"any_only": True})
+    assert request.params.get("tool_choice") == then and " ".join(t.name for t in request.tools) == tools
+
+
+@pytest.mark.parametrize("choice, alone, anthropic, gemini, openai", [
+    (None, False, None, None, None), (None, True, {"type": "auto", "disable_parallel_tool_use": True}, None, None),
+    ("none", True, {"type": "none"}, {"mode": "NONE"}, "none"), ("required", False, {"type": "any"}, {"mode": "ANY"}, "required"),
+    ("required", True, {"type": "any", "disable_parallel_tool_use": True}, {"mode": "ANY"}, "required"),
+    ({"name": "f"}, False, {"type": "tool", "name": "f"}, {"mode": "ANY", "allowedFunctionNames": ["f"]}, {"type": "function", "function": {"name": "f"}}),
+    ({"name": "f"}, True, {"type": "tool", "name": "f", "disable_parallel_tool_use": True}, {"mode": "ANY", "allowedFunctionNames": ["f"]}, {"type": "function", "function": {"name": "f"}})])
+def test_a_tool_choice_is_said_as_each_service_has_it(choice, alone, anthropic, gemini, openai):
+    assert [cliproxy.CHOICE_FORMATS[name](choice, alone) for name in ("anthropic", "gemini", "openai")] == [anthropic, gemini, openai]
+
+
+def test_tools_are_listed_as_each_cli_takes_them():
+    tools = (Tool("p_f", "d", {"type": "object", "required": ["a"]}, True), Tool("p_g", "e", {}))
+    row = {"name": "f", "description": "d", "inputSchema": {"type": "object", "required": ["a"]}}
+    shaped = {name: make(tools, "p_") for name, make in cliproxy.TOOL_FORMATS.items()}
+    assert shaped["mcp"] == [row, {"name": "g", "description": "e", "inputSchema": {}}] and shaped["bare"][0] == {**row, "inputSchema": {"type": "object"}}
+    assert shaped["lax"][0]["inputSchema"] == {**row["inputSchema"], "$schema": "http://json-schema.org/draft-04/schema#"} and shaped["codex"][0] == {"type": "function", **row}
+    assert shaped["openai"] == [{"type": "function", "function": {"name": "p_f", "description": "d", "parameters": {"type": "object", "required": ["a"]}, "strict": True}},
+                                {"type": "function", "function": {"name": "p_g", "description": "e", "parameters": {}}}]
+
+
+def made(*ids):
+    return Message("assistant", tuple(CallPart(id, "f", "{}") for id in ids))
+
+
+def result(*ids, more=()):
+    return Message("tool", (*(ResultPart(id, "", "r") for id in ids), *more))
+
+
+MISSING_RESULTS = "an assistant message with 'tool_calls' must be followed by tool messages responding to each 'tool_call_id': the following tool_call_ids did not have response messages: "
+NOT_ASKED = "messages with role 'tool' must be a response to a preceding message with 'tool_calls': there is no call "
+
+
+@pytest.mark.parametrize("messages, problem", [
+    ((user("a"),), ""), ((user("a"), made("1", "2"), result("2"), result("1"), user("b")), ""), ((user("a"), made("1", "2"), result("1", "2")), ""),
+    ((user("a"), made("1"), result("1"), made("1"), result("1")), ""), ((user("a"), made("1"), result("1", more=(TextPart("see"),))), ""),
+    ((user("a"), made("1", "1"), result("1"), result("1")), ""), ((user("a"), made("1", "1"), result("1")), MISSING_RESULTS + "1. Send a result"),
+    ((user("a"), made("1", "2"), user("b")), MISSING_RESULTS + "1, 2. Send"), ((user("a"), made("1", "2"), result("2"), user("b")), MISSING_RESULTS + "1. Send"),
+    ((user("a"), made("1")), MISSING_RESULTS + "1. Send"), ((user("a"), made("1", "2"), result("1")), MISSING_RESULTS + "2. Send"), ((user("a"), result("1")), NOT_ASKED + '"1"'),
+    ((user("a"), made("1"), result("1"), result("1")), NOT_ASKED + '"1"'), ((user("a"), made("1"), result("2")), NOT_ASKED + '"2"'),
+    ((user("a"), made("1"), user("b"), result("1")), MISSING_RESULTS + "1. Send"), ((user("a"), made("1"), result("1"), user("b"), result("1")), NOT_ASKED + '"1"')])
+def test_every_call_needs_its_result_and_every_result_its_call(messages, problem):
+    if not problem:
+        return cliproxy.check_calls(messages)
+    with pytest.raises(cliproxy.BadRequest) as e:
+        cliproxy.check_calls(messages)
+    assert e.value.message.startswith(problem) and (e.value.param, e.value.status) == ("messages", 400)
+
+
+@pytest.mark.parametrize("message, answer", [
+    (MCP_INIT, {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}, "serverInfo": {"name": "cliproxy", "version": cliproxy.VERSION}}),
+    ({"id": 1, "method": "tools/list"}, {"tools": [{"name": "f"}]}), ({"id": "x", "method": "ping"}, {}), ({"method": "notifications/initialized"}, None), ({"id": None, "method": "ping"}, None),
+    ({"id": 2, "method": "tools/call", "params": {"name": "f"}}, {"content": [{"type": "text", "text": "handed to the client"}]}),
+    ({"id": 3, "method": "resources/list"}, -32601), ({"id": 4}, -32601), ({"id": 5, "method": ["a"]}, -32601)])
+def test_the_tool_server_answers_what_a_client_of_mcp_asks(message, answer):
+    said = cliproxy.mcp_answer(message, [{"name": "f"}])
+    if isinstance(answer, int):
+        assert (said["error"]["code"], said["id"]) == (answer, message["id"])
+    else:
+        assert said == (None if answer is None else {"jsonrpc": "2.0", "id": message["id"], "result": answer})
+
+
+@pytest.fixture
+def tool_server():
+    """A ToolServer that ends with the test."""
+    tools = cliproxy.ToolServer()
+    yield tools
+    if tools._server is not None:
+        tools._server._BaseServer__shutdown_request = True
+        socket.create_connection(tools._server.server_address).close()          # it looks up only when somebody comes
+        eventually("it has ended", lambda: not [t for t in threading.enumerate() if t.name == "tools"])
+        tools._server.server_close()
+
+
+def over_http(url, body=None, token=None, method="POST", path=None):
+    """(status, JSON or None) of a request to the tool server."""
+    where = urllib.parse.urlsplit(url)
+    with contextlib.closing(http.client.HTTPConnection(where.hostname, where.port, timeout=LIMIT)) as connection:
+        connection.request(method, path or where.path, None if body is None else body if isinstance(body, bytes) else json.dumps(body),
+                           {"Content-Type": "application/json", **({"Authorization": "Bearer " + token} if token is not None else {})})
+        response = connection.getresponse()
+        said = response.read()
+        return response.status, json.loads(said) if said else None
+
+
+def test_tools_are_served_over_http_to_who_has_the_path_and_its_token_until_it_is_closed(tool_server):
+    assert len(tool_server) == 0 and tool_server._server is None, "it starts when it is needed"
+    path, url, token = tool_server.open([{"name": "f"}])
+    other, other_url, other_token = tool_server.open([{"name": "g"}])
+    assert path != other and token != other_token and url.startswith("http://127.0.0.1:") and url.endswith(path) and len(tool_server) == 2
+    listing = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    assert over_http(url, MCP_INIT, token)[1]["result"]["protocolVersion"] == "2025-11-25"
+    assert over_http(url, {"jsonrpc": "2.0", "method": "notifications/initialized"}, token) == (202, None)
+    assert [over_http(u, listing, t)[1]["result"]["tools"] for u, t in ((url, token), (other_url, other_token))] == [[{"name": "f"}], [{"name": "g"}]]
+    gone = (404, {"error": "there is no such path"})
+    for u, t in ((url, other_token), (url, None), (url, ""), (url, token[:-1]), (url[:-1], token), (url + "/", token), (url.replace("/mcp/", "/"), token)):
+        assert over_http(u, listing, t) == gone
+    assert over_http(url, method="GET", token=token) == over_http(url, method="DELETE", token=token) == (405, None)
+    assert [over_http(url, body, token)[0] for body in (b"", b"{", b"[]", b"5")] == [400] * 4
+    tool_server.close(path)
+    assert over_http(url, listing, token) == gone and over_http(other_url, listing, other_token)[0] == 200 and len(tool_server) == 1
+    tool_server.close(other)
+    tool_server.close(other)
+    assert len(tool_server) == 0
+
+
+def test_the_calls_that_a_cli_makes_are_taken_in_their_order_and_never_answered_for(tool_server):
+    path, url, token = tool_server.open([{"name": "f"}])
+    other = tool_server.open([])[0]
+    calls = [{"name": "f", "arguments": {"n": n}} for n in range(3)]
+    for call in [*calls, {"name": 5}, "f", None]:
+        said = over_http(url, {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call}, token)[1]
+        assert said["result"]["content"] == [{"type": "text", "text": "handed to the client"}]
+    assert over_http(url, {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": calls[0]}, "wrong")[0] == 404
+    assert tool_server.taken(other) is None and [tool_server.taken(path) for _ in range(5)] == [*calls, None, None] and tool_server.taken("/mcp/none") is None
+
+
+def test_what_is_no_request_gets_a_plain_answer_and_no_traceback(tool_server, capfd):
+    _, url, token = tool_server.open([])
+    where = urllib.parse.urlsplit(url)
+    for head in ("Content-Length: x", "Content-Length: -1", ""):
+        with socket.create_connection((where.hostname, where.port), timeout=LIMIT) as s, s.makefile("rb") as f:
+            s.sendall(f"POST {where.path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n{head}\r\n\r\n".encode())
+            s.shutdown(socket.SHUT_WR)
+            assert read_answer(f).status == 400
+    assert over_http(url, {"id": 5, "method": ["a"]}, token)[1]["error"]["code"] == -32601
+    assert capfd.readouterr() == ("", "")
 
 
 # === Prompts =========================================================================================================
@@ -4547,11 +4741,124 @@ def test_every_beginning_of_a_call_and_nothing_else_is_held():
     assert json.loads(cliproxy._calls_text([CallPart("1", 'q"', "{}")])) == {"tool_calls": [{"name": 'q"', "arguments": {}}]}
 
 
+# === In other words ==================================================================================================
+
+STRICT = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+A_NUMBER = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}}}
+
+
+@pytest.mark.parametrize("schema, strict", [
+    (STRICT, True), ({**STRICT, "$defs": {"x": STRICT}}, True), ({**STRICT, "properties": {"a": {"anyOf": [{"type": "null"}, STRICT]}}}, True),
+    ({**STRICT, "properties": {"a": {"type": "array", "items": STRICT}}}, True), ({"type": "object", "properties": {}, "additionalProperties": False}, True),
+    (None, False), ({}, False), ({"type": "string"}, False), ({**STRICT, "anyOf": [STRICT]}, False), ({**STRICT, "additionalProperties": True}, False), ({**STRICT, "required": []}, False),
+    ({k: v for k, v in STRICT.items() if k != "additionalProperties"}, False), ({**STRICT, "properties": {"a": {"type": "object"}}}, False), ({**STRICT, "allOf": []}, False),
+    ({**STRICT, "properties": {"a": {"type": "array", "items": {"type": "object"}}}}, False), ({**STRICT, "properties": {"a": {"default": 1}}}, False),
+    ({**STRICT, "$defs": {"x": {"type": "object"}}}, False), ({**STRICT, "properties": {"a": {"anyOf": [{"type": "object"}]}}}, False), ({**STRICT, "properties": {"a": True}}, False),
+    ({**STRICT, "properties": []}, False), ({**STRICT, "required": 5}, False), ({**STRICT, "required": [["a"]]}, False), ({**STRICT, "$defs": 5}, False), ({**STRICT, "anyOf": 5}, False),
+    ({**STRICT, "properties": {"a": {"anyOf": 5}}}, False)])
+def test_a_schema_is_strict_if_openai_would_take_it_so(schema, strict):
+    assert cliproxy.is_strict(schema) is strict
+
+
+def in_words(params, how, name="echo", driver="text", tools=(WEATHER, CLOCK_TOOL), messages=(user("Hi"),)):
+    return cliproxy.in_words(Request("m", messages, params, tools=tools), how, strategy(name, driver))
+
+
+def test_what_a_cli_takes_itself_is_not_said_in_words():
+    params = {"tool_choice": "required", "response_format": A_NUMBER}
+    assert in_words(params, {"tools": "native", "tool_choice": "native", "response_format": "native"}, "claude", "claude-stream") == Request("m", (user("Hi"),), params, tools=(WEATHER, CLOCK_TOOL))
+
+
+def test_tools_and_json_are_asked_for_in_system_messages_behind_those_of_the_client():
+    rules = Message("system", (TextPart("S"),))
+    out = in_words({"response_format": A_NUMBER}, {"tools": "emulated", "response_format": "emulated"}, messages=(rules, user("Hi"), made("1"), result("1")))
+    assert out.tools == () and out.messages[0] is rules and [m.role for m in out.messages] == ["system", "system", "system", "user", "assistant", "user"]
+    assert '"get_weather"' in out.messages[1].text and out.messages[2].text == cliproxy.json_prompt(A_NUMBER["json_schema"]) and "<tool_result" in out.messages[5].text
+    assert [m.role for m in in_words({"tool_choice": "none"}, {"tools": "emulated", "tool_choice": "emulated"}).messages] == ["user"], "of tools that may not be called nothing is said"
+    assert "first character is {" in in_words({"response_format": {"type": "json_object"}}, {"response_format": "emulated"}).messages[0].text
+
+
+@pytest.mark.parametrize("choice, tools, words", [
+    ("none", (), None), ("required", (WEATHER, CLOCK_TOOL), "at least one of your tools"), ({"name": "now"}, (WEATHER, CLOCK_TOOL), "the tool mcp_c_now")])
+def test_a_tool_choice_is_said_in_words_where_there_is_no_other_way(choice, tools, words):
+    out = in_words({"tool_choice": choice}, {"tools": "native", "tool_choice": "emulated"}, "gemini", "acp-tools")
+    assert out.tools == tools and (len(out.messages) == 1 if words is None else words in out.messages[0].text)
+
+
+@pytest.mark.parametrize("params, tools, choice, names", [
+    ({}, (), {"name": "give_answer"}, ["give_answer"]), ({}, (WEATHER,), "required", ["get_weather", "give_answer"]), ({"tool_choice": "required"}, (WEATHER,), "required", ["get_weather", "give_answer"]),
+    ({}, (Tool("give_answer", "", {}),), "required", ["give_answer", "give_answer_"]), ({"tool_choice": "none"}, (WEATHER,), "none", ["get_weather"]),
+    ({"tool_choice": {"name": "get_weather"}}, (WEATHER,), {"name": "get_weather"}, ["get_weather"])])
+def test_json_is_asked_for_by_a_tool_that_takes_it_where_the_cli_has_tools(params, tools, choice, names):
+    out = in_words({**params, "response_format": A_NUMBER}, {"tools": "native", "response_format": "emulated"}, "claude", "claude-stream", tools)
+    assert out.params["tool_choice"] == choice and [t.name for t in out.tools] == names
+    assert (out.tools[-1].schema == A_NUMBER["json_schema"]["schema"] and len(out.messages) == 1) if len(out.tools) > len(tools) else out.messages[0].role == "system"
+
+
+def test_json_that_is_no_object_cannot_be_what_a_tool_takes():
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "array"}}}
+    out = in_words({"response_format": form}, {"response_format": "emulated"}, "claude", "claude-stream", ())
+    assert out.tools == () and '{"type":"array"}' in out.messages[0].text
+
+
+CALLED = [Call(0, "i", "f"), Call(0, arguments="{}")]
+
+
+@pytest.mark.parametrize("events, last, out", [
+    ([*CALLED, Done("tool_calls")], False, None), ([Text("a"), Thinking("b"), *CALLED, Done("tool_calls")], False, [Thinking("b"), Text("a"), *CALLED, Done("tool_calls")]),
+    ([Text("a"), Done("stop")], True, None), ([Text("a"), Done("length")], False, None), ([Text("a"), Done("stop")], False, "a"), ([Done("stop")], False, ""),
+    ([*CALLED, Text("a"), Done("stop")], False, None)])
+def test_an_answer_that_has_to_make_a_call_is_asked_for_once_more_if_it_makes_none(events, last, out):
+    if isinstance(out, str):
+        came = []
+        with pytest.raises(cliproxy.Unclear) as e:
+            came.extend(cliproxy.must_call(iter(events), last))
+        assert (e.value.text, e.value.problem, came) == (out, "it calls no tool", []) and "Call it now" in e.value.repair
+    else:
+        assert list(cliproxy.must_call(iter(events), last)) == (events if out is None else out)
+
+
+GIVEN = [Call(0, "i", "give_answer"), Call(0, arguments='{"n":'), Call(0, arguments="1}")]
+ANSWERS = (cliproxy.ANSWER_TOOL,)
+
+
+@pytest.mark.parametrize("events, out", [
+    ([*GIVEN, Done("tool_calls")], [Text('{"n":1}'), Done("stop")]), ([Text("So: "), Thinking("t"), *GIVEN, Usage(1, 2), Done("tool_calls")], [Thinking("t"), Usage(1, 2), Text('{"n":1}'), Done("stop")]),
+    ([*GIVEN, Done("length")], [Text('{"n":1}'), Done("length")]), ([Text("no"), Done("content_filter")], [Text("no"), Done("content_filter")]), ([Text("plain"), Done("stop")], [Text("plain"), Done("stop")]),
+    ([Text("a"), *GIVEN, Call(1, "j", "f"), Call(1, arguments="{}"), Done("tool_calls")], [Call(0, "j", "f"), Call(0, arguments="{}"), Text("a"), Done("tool_calls")])])
+def test_what_is_passed_to_the_tool_for_the_answer_is_the_answer_unless_the_clients_are_called(events, out):
+    assert list(cliproxy.answer_of(iter(events), ANSWERS)) == out
+    assert list(cliproxy.answer_of(iter(events), ())) == events
+
+
+@pytest.mark.parametrize("events, out", [
+    (texts('```json\n{"n":', "1}\n```") + [Done("stop")], [Text('{"n":1}'), Done("stop")]), ([Text('{"n"'), Done("length")], [Text('{"n"'), Done("length")]),
+    ([Text("I will not."), Done("content_filter")], [Refusal("I will not."), Done("content_filter")]), ([*CALLED, Done("tool_calls")], None), ([Text("x"), *CALLED, Done("tool_calls")], [*CALLED, Text("x"), Done("tool_calls")]),
+    ([Thinking("t"), Text('{"n": 1}'), Usage(1, 2), Done("stop")], [Thinking("t"), Usage(1, 2), Text('{"n": 1}'), Done("stop")])])
+def test_an_answer_that_has_to_be_json_goes_out_bare_and_whole_once_it_is_checked(events, out):
+    assert list(cliproxy.checked_answer(iter(events), A_NUMBER, True)) == (events if out is None else out)
+    assert list(cliproxy.checked_answer(iter(events[:-1] + [Done("tool_calls")]), A_NUMBER, False)) == events[:-1] + [Done("tool_calls")]
+
+
+@pytest.mark.parametrize("text, form, problem", [
+    ('{"n": "1"}', A_NUMBER, '$.n: expected an integer, found "1"'), ("Sure!", A_NUMBER, "it is not JSON: Expecting value at line 1 column 1"), ("", A_NUMBER, "it is empty"),
+    ("[]", {"type": "json_object"}, "$: expected an object, found an array")])
+def test_an_answer_that_is_not_the_json_it_has_to_be_is_asked_for_once_more_or_if_it_is_out_an_error(text, form, problem):
+    came = []
+    with pytest.raises(cliproxy.Unclear) as e:
+        came.extend(cliproxy.checked_answer(iter([Text(text), Done("stop")]), form, True))
+    assert (e.value.problem, e.value.text, came) == (problem, text, []) and problem in e.value.repair
+    with pytest.raises(cliproxy.InvalidAnswer, match=re.escape(problem)):
+        came.extend(cliproxy.checked_answer(iter([Text(text), Done("stop")]), form, False))
+    assert came == [Text(text)], "it went out as it came, but without an end"
+
+
+def test_a_client_is_told_that_it_is_kept_waiting_while_its_json_is_checked(monkeypatch):
+    monkeypatch.setattr(cliproxy, "HELD_QUIET", 0)
+    assert list(cliproxy.checked_answer(iter([Text("{"), Text('"n":1}'), Done("stop")]), A_NUMBER, True)) == [Waiting(), Waiting(), Text('{"n":1}'), Done("stop")]
+
+
 # === Router ==========================================================================================================
-
-
-def texts(*pieces_of_text):
-    return [Text(t) for t in pieces_of_text]
 
 
 def joined(events):
