@@ -33,6 +33,10 @@ def claude_result(error, text, status=None, reason="end_turn"):
             "result": text, "stop_reason": reason, "session_id": "a94b", "total_cost_usd": 0, "usage": ZERO}
 
 
+def claude_message(*blocks):
+    return {"type": "assistant", "message": {"id": "msg_1", "type": "message", "role": "assistant", "content": list(blocks), "stop_reason": None, "usage": ZERO}}
+
+
 def claude_lines(step, *args):
     """What claude -p --output-format stream-json --verbose --include-partial-messages prints for a step."""
     if step == "begin":
@@ -45,8 +49,17 @@ def claude_lines(step, *args):
     if step in ("say", "think"):
         kind, key = ("text_delta", "text") if step == "say" else ("thinking_delta", "thinking")
         return [claude_event({"type": "content_block_delta", "index": 0, "delta": {"type": kind, key: piece}}) for piece in args[0]]
+    if step == "reason":        # thinking that the service has signed
+        return [*claude_lines("think", [args[0]]), claude_event({"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": args[1]}}),
+                claude_message({"type": "thinking", "thinking": args[0], "signature": args[1]})]
+    if step == "call":
+        index, id, name, arguments = args
+        deltas = [claude_event({"type": "content_block_delta", "index": index, "delta": {"type": "input_json_delta", "partial_json": arguments[at:at + 5]}})
+                  for at in range(0, len(arguments), 5)]
+        return [claude_event({"type": "content_block_start", "index": index, "content_block": {"type": "tool_use", "id": id, "name": name, "input": {}}}), *deltas,
+                claude_message({"type": "tool_use", "id": id, "name": name, "input": {}})]
     if step == "end":
-        return [{"type": "assistant", "message": {"id": "msg_1", "type": "message", "role": "assistant", "content": [], "stop_reason": None, "usage": ZERO}},
+        return [claude_message(),
                 claude_event({"type": "content_block_stop", "index": 0}),
                 claude_event({"type": "message_delta", "delta": {"stop_reason": args[0] if args else "end_turn", "stop_sequence": None}, "usage": {"output_tokens": 6}}),
                 claude_event({"type": "message_stop"}), claude_result(False, "")]
@@ -122,7 +135,7 @@ PROBES = {"claude": {"auth status": ("{}", 0)}, "codex": {"login status": ("Logg
     {"models": [{"slug": "gpt-5.5", "model_messages": "long", "base_instructions": "long", "tool_mode": "shell"}]}), 0)}}
 
 
-SPOKEN = ("begin", "say", "think", "end", "fail")
+SPOKEN = ("begin", "say", "think", "reason", "call", "end", "fail")
 
 
 class Stage:
@@ -224,7 +237,10 @@ class Stage:
 class Agent:
     """A CLI that stays open: gemini and qwen --acp, codex app-server, claude with both streams. Each prompt plays NAME.json as it stands then.
 
-    What a model would be asked stands in NAME.asked.N: {pid, model, system, messages: [[role, text] ...], settings} of the N-th prompt."""
+    What a model would be asked stands in NAME.asked.N: {pid, model, system, messages, tools, settings} of the N-th prompt. Messages are [role, text],
+    ["call", id, name, arguments], ["result", id, text] and ["kept", what was signed]; tools are named as the model knows them, with this prefix."""
+
+    prefix = ""
 
     def __init__(self, name, folder, kind):
         import threading
@@ -233,6 +249,8 @@ class Agent:
         self.sessions = {}                  # id -> {"history": [[role, text]], "model": ..., "mode": ..., "system": ...}
         self.running = {}                   # session id -> Event: cancelled
         self.numbers = iter(range(1 << 30))
+        self.servers = {}                   # of MCP: session id -> what it was told of it
+        self.answers = {}                   # id of a question to the client -> where its answer is put
         self.place = os.path.dirname(os.getcwd())
 
     def run(self):
@@ -240,8 +258,29 @@ class Agent:
             message = json.loads(line)
             with open(os.path.join(self.folder, self.name + ".heard"), "a") as f:
                 f.write(line.decode())
-            self.hear(message)
+            number, answer = self.answer_in(message)
+            self.answers.pop(number).put(answer) if number in self.answers else self.hear(message)
         return 0
+
+    @staticmethod
+    def answer_in(message):
+        """(the id of the question that this answers, what it says)."""
+        return (None, None) if "method" in message else (message.get("id"), message.get("result"))
+
+    def ask(self, make):
+        """Ask the client; a function that waits for its answer, or until the turn that it is given is cancelled."""
+        import queue
+        number, box = next(self.numbers), queue.Queue()
+        self.answers[number] = box
+        self.say(make(number))
+
+        def wait(turn=None):
+            while not (turn and turn.cancelled.is_set()):
+                try:
+                    return box.get(timeout=0.01)
+                except queue.Empty:
+                    pass
+        return wait
 
     def say(self, *rows):
         with self.write_lock:
@@ -258,26 +297,34 @@ class Agent:
     def ending(self, said):
         """About to say that the answer is whole: the next request may come at once."""
 
+    def prepare(self, session):
+        """Before the first step of a turn."""
+
+    def handed(self, turn):
+        """The end of a turn that makes calls: they are the client's to run."""
+
+    def note(self, asked):
+        """Write down what was asked; which prompt it was, from 0."""
+        for number in range(1 << 30):
+            try:
+                fd = os.open(os.path.join(self.folder, f"{self.name}.asked.{number}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                continue
+            with os.fdopen(fd, "w") as f:
+                json.dump(asked, f)
+            return number
+
     def prompted(self, session, lines, finished):
         """Note what was asked and play the script in a thread; `finished(status)` when it is over: done, cancelled."""
         import threading
-        asked = {"pid": os.getpid(), "session": session, **{k: v for k, v in self.sessions[session].items() if k != "mode"}}
-        number = 0
-        while True:
-            try:
-                fd = os.open(os.path.join(self.folder, f"{self.name}.asked.{number}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-                break
-            except FileExistsError:
-                number += 1
-        with os.fdopen(fd, "w") as f:
-            json.dump(asked, f)
         cancelled = self.running[session] = threading.Event()
         stage = Turn(self, session, lines, cancelled)
-        runs = self.script().get("runs")
-        steps = runs[min(number, len(runs) - 1)] if runs else self.script().get("steps", DEFAULT_SCRIPT["steps"])
 
         def play():
-            stage.perform(steps)
+            self.prepare(session)
+            number = self.note({"pid": os.getpid(), "session": session, **{k: v for k, v in self.sessions[session].items() if k != "mode"}})
+            runs = self.script().get("runs")
+            stage.perform(runs[min(number, len(runs) - 1)] if runs else self.script().get("steps", DEFAULT_SCRIPT["steps"]))
             finished(stage)
         thread = threading.Thread(target=play, daemon=True)
         self.threads.append(thread)
@@ -286,6 +333,33 @@ class Agent:
 
 class AcpAgent(Agent):
     """The Agent Client Protocol as gemini 0.61.0 and qwen 0.15.10 speak it."""
+
+    @property
+    def prefix(self):
+        return "mcp_c_" if self.kind == "gemini" else "mcp__c__"
+
+    def connect(self, session, servers):
+        """Ask the MCP server of a session for its tools."""
+        self.servers[session] = servers[0] if servers else None
+        if servers:
+            self.mcp(session, "initialize", protocolVersion="2025-11-25", capabilities={}, clientInfo={"name": self.kind, "version": "0"})
+            self.mcp(session, "notifications/initialized")
+            rows = self.mcp(session, "tools/list")["result"]["tools"]
+            self.sessions[session]["tools"] = [{**row, "name": self.prefix + row["name"]} for row in rows]
+
+    def mcp(self, session, method, **params):
+        import http.client
+        server = self.servers[session]
+        host, _, path = server["url"].partition("://")[2].partition("/")
+        number = {} if method.startswith("notifications/") else {"id": next(self.numbers)}
+        connection = http.client.HTTPConnection(host, timeout=10)
+        connection.request("POST", "/" + path, json.dumps({"jsonrpc": "2.0", "method": method, "params": params, **number}), {
+            "Content-Type": "application/json", "Accept": "application/json, text/event-stream", **{h["name"]: h["value"] for h in server["headers"]}})
+        response = connection.getresponse()
+        said = response.read()
+        connection.close()
+        assert response.status == (200 if number else 202), (response.status, said)
+        return json.loads(said) if number else None
 
     def hear(self, message):
         method, params, number = message.get("method"), message.get("params", {}), message.get("id")
@@ -301,10 +375,11 @@ class AcpAgent(Agent):
                     body = json.load(f)["model"]
             self.sessions[session] = {"messages": body.get("generationConfig", {}).get("extra_body", {}).get("messages", []), "model": body.get("name"),
                                       "settings": {k: v for k, v in body.get("generationConfig", {}).get("extra_body", {}).items() if k != "messages"}}
+            self.connect(session, params["mcpServers"])
             self.say({"jsonrpc": "2.0", "id": number, "result": {"sessionId": session, "models": {"currentModelId": "scripted"}}})
             return self.say({"jsonrpc": "2.0", "method": "session/update", "params": {"sessionId": session, "update": {"sessionUpdate": "available_commands_update", "availableCommands": []}}})
         if method == "session/load":
-            return self.load(number, session)
+            return self.load(number, session, params["mcpServers"])
         if session not in self.sessions:
             return self.say({"jsonrpc": "2.0", "id": number, "error": {"code": -32602, "message": f"Session not found: {session}"}})
         if method == "session/cancel":
@@ -326,7 +401,7 @@ class AcpAgent(Agent):
         with open(os.path.join(self.place, "system.md")) as f:
             return f.read()
 
-    def load(self, number, session):
+    def load(self, number, session, servers):
         """Read a session file as gemini does, answer, and replay one update for each message afterwards."""
         folder = os.path.join(self.place, "home", ".gemini", "tmp", "work", "chats")
         with open(os.path.join(folder, f"session-{session}.jsonl")) as f:
@@ -336,7 +411,10 @@ class AcpAgent(Agent):
         for row in rows:
             said = [p["text"] for p in row["content"] if "text" in p and not p.get("thought")]
             messages += [[{"gemini": "assistant"}.get(row["type"], row["type"]), "".join(said)]] if said else []
+            messages += [["call", *(p["functionCall"][key] for key in ("id", "name", "args"))] for p in row["content"] if "functionCall" in p]
+            messages += [["result", p["functionResponse"]["id"], p["functionResponse"]["response"]["output"]] for p in row["content"] if "functionResponse" in p]
         self.sessions[session] = {"messages": messages, "model": None, "system": self.system()}
+        self.connect(session, servers)
         self.say({"jsonrpc": "2.0", "id": number, "result": {"modes": {}, "models": {}}})
         self.say(*(self.chunk(session, "agent_message_chunk" if row["type"] == "gemini" else "user_message_chunk", "replayed") for row in rows))
 
@@ -357,11 +435,36 @@ class AcpAgent(Agent):
             message, code = stage.failed
             error = {"code": code, "message": message} if self.kind == "gemini" else {"code": -32603, "message": "Internal error", "data": {"details": message}}
             return self.say({"jsonrpc": "2.0", "id": number, "error": error})
-        result = {"stopReason": "cancelled" if stage.cancelled.is_set() else "end_turn"}
+        result = {"stopReason": "cancelled" if stage.cancelled.is_set() else "max_turn_requests" if stage.calls else "end_turn"}
         if self.kind == "gemini" and not stage.cancelled.is_set():
             result["_meta"] = {"quota": {"token_count": {"input_tokens": 72, "output_tokens": 6}, "model_usage": [{"model": "m"}] if stage.ended else []}}
             self.sessions[session]["messages"].append(["assistant", "".join(stage.said)])
         self.say({"jsonrpc": "2.0", "id": number, "result": result})
+
+
+    def handed(self, turn):
+        def about(status, id, name, words=""):
+            return {"jsonrpc": "2.0", "method": "session/update", "params": {"sessionId": turn.session, "update": {
+                "sessionUpdate": "tool_call" if status == "in_progress" else "tool_call_update", "toolCallId": id, "status": status, "title": f"{name} (c MCP Server)",
+                "content": [{"type": "content", "content": {"type": "text", "text": words}}], "locations": [], "kind": "other"}}}
+
+        def permission(id, name, arguments):
+            options = [{"optionId": "proceed_always_project", "name": "Always Allow in project: " + name, "kind": "allow_always"}, {"optionId": "proceed_once", "name": "Allow", "kind": "allow_once"},
+                       {"optionId": "cancel", "name": "Reject", "kind": "reject_once"}]
+            return lambda number: {"jsonrpc": "2.0", "id": number, "method": "session/request_permission", "params": {"sessionId": turn.session, "options": options, "toolCall": {
+                "toolCallId": id, "status": "pending", "title": json.dumps(arguments), "content": [], "locations": [], "kind": "other", "rawInput": arguments}}}
+        if self.kind == "qwen":
+            self.say(*self.lines(turn.session, "end"))
+        for id, name, arguments in turn.calls:
+            short, arguments = name[len(self.prefix):], json.loads(arguments)
+            if self.kind == "qwen":         # asks for one after the other, also once it is cancelled
+                self.ask(permission(id, short, arguments))()
+            elif name in [tool["name"] for tool in self.sessions[turn.session].get("tools", ())]:
+                self.say(about("in_progress", id, short, json.dumps(arguments)))
+                said = self.mcp(turn.session, "tools/call", name=short, arguments={**arguments, "wait_for_previous": False})["result"]["content"][0]["text"]
+                self.say(about("completed", id, short, said))
+            else:
+                self.say(about("failed", id, short, f'Tool "{name}" not found.'))
 
 
 class CodexAgent(Agent):
@@ -374,12 +477,13 @@ class CodexAgent(Agent):
             self.say({"id": number, "result": {"userAgent": "cliproxy/0.169.0"}})
         elif method == "thread/start":
             thread = f"t{next(self.numbers)}-{os.getpid()}"
-            self.sessions[thread] = {"messages": [], "model": params["model"], "system": params["baseInstructions"]}
+            self.sessions[thread] = {"messages": [], "model": params["model"], "system": params["baseInstructions"], "tools": params.get("dynamicTools", []),
+                                     "raw": params.get("experimentalRawEvents", False)}
             self.say({"id": number, "result": {"thread": {"id": thread}, "model": params["model"]}})
         elif thread not in self.sessions and number is not None:
             self.say({"id": number, "error": {"code": -32600, "message": f"thread not found: {thread}"}})
         elif method == "thread/inject_items":
-            self.sessions[thread]["messages"] += [[i["role"], "".join(p.get("text", "") for p in i["content"])] for i in params["items"]]
+            self.sessions[thread]["messages"] += map(self.row, params["items"])
             self.say({"id": number, "result": {}})
         elif method == "turn/start":
             self.sessions[thread]["settings"] = {k: v for k, v in params.items() if k in ("effort", "summary", "outputSchema")}
@@ -395,7 +499,27 @@ class CodexAgent(Agent):
             del self.sessions[thread]
 
     @staticmethod
-    def lines(thread, step, *args):
+    def row(item):
+        if item["type"] == "function_call":
+            return ["call", item["call_id"], item["name"], json.loads(item["arguments"])]
+        if item["type"] == "function_call_output":
+            return ["result", item["call_id"], item["output"]]
+        return ["kept", item["encrypted_content"]] if item["type"] == "reasoning" else [item["role"], "".join(p.get("text", "") for p in item["content"])]
+
+    def handed(self, turn):
+        usage = {"totalTokens": 78, "inputTokens": 72, "cachedInputTokens": 10, "cacheWriteInputTokens": 0, "outputTokens": 6, "reasoningOutputTokens": 0}
+        where = {"threadId": turn.session, "turnId": "turn-" + turn.session}
+        if self.sessions[turn.session]["raw"]:
+            self.say({"method": "rawResponse/completed", "params": {**where, "responseId": "resp_1", "usage": usage}})
+        for id, name, arguments in turn.calls:
+            self.ask(lambda number: {"id": number, "method": "item/tool/call", "params": {**where, "callId": id, "namespace": None, "tool": name, "arguments": {}}})
+        turn.cancelled.wait()
+
+    def lines(self, thread, step, *args):
+        if step in ("reason", "call"):
+            item = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": args[0]}], "encrypted_content": args[1]} if step == "reason" else {
+                "type": "function_call", "status": "completed", "id": "fc_1", "call_id": args[1], "name": args[2], "arguments": args[3]}
+            return [{"method": "rawResponseItem/completed", "params": {"threadId": thread, "turnId": "turn-" + thread, "item": item}}] if self.sessions[thread]["raw"] else []
         if step == "say":
             return [{"method": "item/agentMessage/delta", "params": {"threadId": thread, "turnId": "t", "itemId": "msg_1", "delta": piece}} for piece in args[0]]
         if step == "think":
@@ -412,39 +536,86 @@ class CodexAgent(Agent):
             message, code = stage.failed
             turn.update(status="failed", error={"message": message, "codexErrorInfo": {"httpConnectionFailed": {"httpStatusCode": code}}})
         else:
-            self.sessions[thread]["messages"].append(["assistant", "".join(stage.said)])
+            self.sessions[thread]["messages"] += [["assistant", "".join(stage.said)]] if stage.said else []
         self.say({"method": "turn/completed", "params": {"threadId": thread, "turn": turn}})
 
 
 class ClaudeAgent(Agent):
     """claude 2.1.197 with --input-format stream-json and its control protocol: one conversation, reset by compact_boundary."""
 
+    prefix = "mcp__c__"
+
     def __init__(self, *args):
         super().__init__(*args)
-        self.sessions["one"] = {"messages": [], "model": None, "system": None, "settings": {}}
+        self.sessions["one"] = {"messages": [], "model": None, "system": None, "settings": {}, "tools": []}
+        self.hooks = None                   # what to ask before a tool runs
+
+    @staticmethod
+    def answer_in(message):
+        response = message.get("response", {})
+        return response.get("request_id"), response.get("response")
+
+    def control_request(self, subtype, **more):
+        return self.ask(lambda number: {"type": "control_request", "request_id": number, "request": {"subtype": subtype, **more}})
+
+    def prepare(self, session):
+        def mcp(method, **params):
+            number = {} if method.startswith("notifications/") else {"id": next(self.numbers)}
+            return self.control_request("mcp_message", server_name="c", message={"jsonrpc": "2.0", "method": method, "params": params, **number})()["mcp_response"]
+        if self.servers:
+            mcp("initialize", protocolVersion="2025-11-25", capabilities={}, clientInfo={"name": "claude-code", "version": "2.1.197"})
+            mcp("notifications/initialized")
+            self.sessions["one"]["tools"] = [{**row, "name": self.prefix + row["name"]} for row in mcp("tools/list")["result"]["tools"]]
+            self.servers = {}
 
     def hear(self, message):
         one, kind = self.sessions["one"], message["type"]
         if kind == "system":
             one["messages"] = []
         elif kind == "assistant":
-            one["messages"].append(["assistant", self.words(message)])
+            one["messages"] += self.rows(message)
         elif kind == "control_request":
             self.control(message["request_id"], message["request"], one)
         elif kind == "user":
-            one["messages"].append(["user", self.words(message)])
+            one["messages"] += self.rows(message)
             if message.get("shouldQuery") is False:
                 return self.say(*claude_lines("begin")[:1], claude_result(False, ""))
-            self.prompted("one", claude_lines, self.over)
+            self.prompted("one", self.lines, self.over)
 
     @staticmethod
-    def words(message):
-        return "".join(block.get("text", "") for block in message["message"]["content"])
+    def rows(message):
+        blocks = message["message"]["content"]
+        text = "".join(block.get("text", "") for block in blocks)
+        special = {"tool_use": lambda b: ["call", b["id"], b["name"], b["input"]], "tool_result": lambda b: ["result", b["tool_use_id"], b["content"]],
+                   "thinking": lambda b: ["kept", b["signature"]]}
+        rows = [special[block["type"]](block) for block in blocks if block["type"] in special]
+        return [row for row in rows if row[0] != "call"] + ([[message["type"], text]] if text or not rows else []) + [row for row in rows if row[0] == "call"]
+
+    def lines(self, step, *args):
+        return claude_lines(step, *(args or [tool["name"] for tool in self.sessions["one"]["tools"]] if step == "begin" else args))
+
+    def hook(self, id, name):
+        """Ask what is to be done about a call; a function that waits for that."""
+        wait = self.control_request("hook_callback", callback_id=self.hooks, input={"hook_event_name": "PreToolUse", "tool_name": name, "tool_use_id": id}, tool_use_id=id)
+        return lambda turn: wait(turn) in (None, {"hookSpecificOutput": {"hookEventName": "PreToolUse", "permissionDecision": "defer"}})
+
+    def handed(self, turn):
+        self.sessions["one"]["messages"] += [["assistant", "".join(turn.said)]] if turn.said else []
+        self.sessions["one"]["messages"] += [["call", id, name, json.loads(arguments or "{}")] for id, name, arguments in turn.calls]
+        self.say(*claude_lines("end", "tool_use")[2:-1])
+        hooks = turn.hooks + [self.hook(id, name) for id, name, _ in turn.calls[len(turn.hooks):]]
+        if all(deferred(turn) for deferred in hooks) and not turn.cancelled.is_set():
+            self.say({**claude_result(False, "", reason="tool_deferred"), "deferred_tool_use": {"id": turn.calls[-1][0]}})
+            open(os.path.join(self.folder, f"{self.name}.deferred"), "a").close()
 
     def control(self, number, request, one):
         kind = request["subtype"]
-        if kind == "set_model":
+        if kind == "initialize":
+            self.hooks = request["hooks"]["PreToolUse"][0]["hookCallbackIds"][0]
+        elif kind == "set_model":
             one["model"] = request["model"]
+        elif kind == "mcp_set_servers":
+            self.servers, one["tools"] = request["servers"], []
         elif kind == "interrupt" and "one" in self.running:
             self.running["one"].set()
         elif kind == "apply_flag_settings":
@@ -471,6 +642,7 @@ class Turn(Stage):
         super().__init__(agent.name, agent.folder, lines)
         self.agent, self.session, self.cancelled = agent, session, cancelled
         self.said, self.failed, self.ended = [], None, False
+        self.calls, self.hooks, self.late = [], [], False       # [(id, name, arguments)]; the hooks that were asked
 
     def perform(self, steps):
         for step, *args in steps:
@@ -483,9 +655,25 @@ class Turn(Stage):
         self.said += args[0] if step == "say" else []
         if step == "fail":
             self.failed = (args[0], args[1] if len(args) > 1 else 500)
+        if step == "end" and self.calls:
+            return self.agent.handed(self)
         if step == "end":
             self.agent.ending("".join(self.said))
+        args = self.called(*args) if step == "call" else args
         self.agent.say(*self.lines(step, *args))
+        if step == "call" and self.agent.kind == "claude" and not self.late:
+            self.hooks.append(self.agent.hook(*args[1:3]))
+
+    def called(self, name, arguments):
+        """(index, id, name, arguments) of a tool call: a tool by its name, or by its number among those that the CLI was told of."""
+        name = self.agent.sessions[self.session]["tools"][name]["name"] if isinstance(name, int) else self.agent.prefix + name
+        id = f"call_{os.getpid()}_{next(self.agent.numbers)}"
+        self.calls.append((id, name, arguments if isinstance(arguments, str) else json.dumps(arguments)))
+        return (len(self.calls), *self.calls[-1])
+
+    def do_late(self):
+        """claude asks about its calls only once it has said that they are all."""
+        self.late = True
 
     def do_wait(self, name):
         while not os.path.exists(os.path.join(self.folder, name)) and not self.cancelled.wait(0.01):
@@ -2893,10 +3081,18 @@ def logged(proxy, number):
     return dict(pair.split("=", 1) for pair in shlex.split(line))
 
 
+def openai_rows(message):
+    """A message of chat completions as the other CLIs' are noted."""
+    if message["role"] == "tool":
+        return [("result", message["tool_call_id"], message["content"])]
+    calls = [("call", c["id"], c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message.get("tool_calls", ())]
+    return ([(message["role"], message["content"])] if message["content"] is not None else []) + calls
+
+
 def conversation(seen):
     """[(role, text)] of what reached the model, whatever the protocol calls the roles; the system prompt first."""
-    rows = [(r["role"], r["content"]) if isinstance(r, dict) else tuple(r) for r in seen["messages"]]
-    rows = [("system" if role == "developer" else role, text) for role, text in rows]
+    rows = [row for r in seen["messages"] for row in (openai_rows(r) if isinstance(r, dict) else [tuple(r)])]
+    rows = [("system" if row[0] == "developer" else row[0], *row[1:]) for row in rows]
     return [("system", seen["system"]), *rows] if seen.get("system") else rows
 
 
@@ -5829,6 +6025,346 @@ def test_a_client_that_reads_slowly_slows_its_cli_down(proxy):
         assert 0 < int(still(lambda: proxy.read("claude.said"))) < 4000
         frames = read_answer(f).frames
     assert said(frames)[0][0] == "".join(f"w{i} " * 1000 for i in range(4000))
+
+
+# --- tool calls ---
+
+TOOL_ROWS = cliproxy.tools_for_openai((WEATHER, CLOCK_TOOL), "")
+PARIS, ROME, CLOCK = ["call", "get_weather", {"city": "Paris"}], ["call", "get_weather", {"city": "Rome"}], ["call", "now", {}]
+TOOL_WAYS = {"claude": "claude-stream", "gemini": "acp-tools", "codex": "codex-app-server", "qwen": "acp"}
+PREFIXES = {"claude": "mcp__c__", "gemini": "mcp_c_", "codex": "", "qwen": "mcp__c__"}
+
+
+def with_tools(proxy, name, messages="Weather?", **body):
+    return proxy.ask(name, messages, **{"tools": TOOL_ROWS, **body})
+
+
+def calls_of(answered):
+    """[(name, arguments)] of an answer that is nothing but calls, after every rule of the wire has been checked."""
+    choice = answered.json["choices"][0]
+    message = choice["message"]
+    assert choice["finish_reason"] == "tool_calls" and set(message) <= {"role", "content", "refusal", "tool_calls", "reasoning_content"} and message["refusal"] is None
+    assert all(set(c) == {"id", "type", "function"} and c["type"] == "function" and set(c["function"]) == {"name", "arguments"} for c in message["tool_calls"])
+    assert len({c["id"] for c in message["tool_calls"]}) == len(message["tool_calls"]) and message["content"] is None
+    return [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message["tool_calls"]]
+
+
+def streamed_calls(frames):
+    """(text, [(id, name, [pieces of the arguments])], finish reason) of a stream."""
+    text, calls, chunks = "", [], [f["choices"][0] for f in frames[:-1] if not isinstance(f, str)]
+    assert frames[-1] == "[DONE]" and chunks[0]["delta"] == {"role": "assistant", "content": ""} and chunks[-1]["delta"] == {}
+    assert [c["finish_reason"] for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    for delta in (c["delta"] for c in chunks[1:-1]):
+        text += delta.get("content", "")
+        for piece in delta.get("tool_calls", ()):
+            if piece["index"] == len(calls):
+                assert set(piece) == {"index", "id", "type", "function"} and piece["type"] == "function" and piece["function"]["arguments"] == ""
+                calls.append((piece["id"], piece["function"]["name"], []))
+            else:
+                assert set(piece) == {"index", "function"} and set(piece["function"]) == {"arguments"}
+                calls[piece["index"]][2].append(piece["function"]["arguments"])
+    return text, calls, chunks[-1]["finish_reason"]
+
+
+def answered_calls(messages, answered, *results):
+    """The conversation with an answer that makes calls and their results."""
+    said = answered.json["choices"][0]["message"]
+    ids = [c["id"] for c in said["tool_calls"]]
+    return [*messages, {"role": "assistant", "content": said["content"], "tool_calls": said["tool_calls"]},
+            *({"role": "tool", "tool_call_id": id, "content": text} for id, text in zip(ids, results))], ids
+
+
+def exchange(seen, name):
+    """What reached the model, with the client's names."""
+    return [(row[0], row[1], row[2][len(PREFIXES[name]):] if row[2].startswith(PREFIXES[name]) else row[2], row[3]) if row[0] == "call" else row for row in conversation(seen)]
+
+
+def offered(seen, name):
+    """The names of the tools that the model could call."""
+    rows = seen["settings"].get("tools", []) if name == "qwen" else seen.get("tools", [])
+    return [(row["function"] if "function" in row else row)["name"] for row in rows]
+
+
+ONE = [{"role": "user", "content": "Weather?"}]
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_a_call_of_the_model_goes_out_to_the_client_and_its_result_comes_back_to_the_model(staying, name):
+    proxy = staying(name)
+    proxy.play(name, runs=[[["begin"], PARIS, ["end"]], DEFAULT_SCRIPT["steps"]])
+    answered = with_tools(proxy, name, ONE)
+    assert calls_of(answered) == [("get_weather", {"city": "Paris"})] and answered.headers["x-cliproxy-strategy"] == TOOL_WAYS[name]
+    usage = answered.json["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (72, 6)
+    assert offered(asked(proxy, name), name) == [PREFIXES[name] + "get_weather", PREFIXES[name] + "now"]
+    turns, ids = answered_calls(ONE, answered, "rain")
+    assert with_tools(proxy, name, turns).text == "".join(HELLO)
+    assert exchange(asked(proxy, name, 1), name) == [("user", "Weather?"), ("call", ids[0], "get_weather", {"city": "Paris"}), ("result", ids[0], "rain")]
+    assert (proxy.read(f"{name}.heard").count("Weather?") == 1) == (name == "claude"), "claude goes on with the conversation that it has; the others are told it anew"
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_calls_are_streamed_as_the_cli_tells_of_them_the_name_first(staying, name):
+    proxy = staying(name)
+    proxy.play(name, ["begin"], ["say", ["Let me ", "look."]], PARIS, CLOCK, ["end"])
+    text, calls, finish = streamed_calls(with_tools(proxy, name, stream=True).frames)
+    assert (text, finish) == ("Let me look.", "tool_calls") and [(c[1], json.loads("".join(c[2]))) for c in calls] == [("get_weather", {"city": "Paris"}), ("now", {})]
+    assert len(calls[0][2]) > 1 or name != "claude", "claude gives them piece by piece"
+    assert calls[0][0] != calls[1][0]
+    turns, ids = ONE, [c[0] for c in calls]
+    said = {"role": "assistant", "content": text, "tool_calls": [{"id": c[0], "type": "function", "function": {"name": c[1], "arguments": "".join(c[2])}} for c in calls]}
+    proxy.play(name)
+    assert with_tools(proxy, name, [*turns, said, *({"role": "tool", "tool_call_id": id, "content": "r"} for id in ids)]).text == "".join(HELLO)
+    assert exchange(asked(proxy, name, 1), name) == [
+        ("user", "Weather?"), ("assistant", "Let me look."), ("call", ids[0], "get_weather", {"city": "Paris"}), ("call", ids[1], "now", {}), ("result", ids[0], "r"), ("result", ids[1], "r")]
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_results_that_come_when_the_conversation_is_gone_are_told_with_all_that_led_to_them(staying, name):
+    """Ten minutes later, or from another client: the history is a little different, so nothing that a CLI still has can be gone on with."""
+    proxy = staying(name)
+    proxy.play(name, runs=[[["begin"], ["say", ["Let me see."]], PARIS, ROME, ["end"]], DEFAULT_SCRIPT["steps"]])
+    said = with_tools(proxy, name, ONE).json["choices"][0]["message"]
+    assert said["content"] == "Let me see." and len(said["tool_calls"]) == 2
+    ids = [c["id"] for c in said["tool_calls"]]
+    first = [{"role": "user", "content": "Wether?"}, {**said, "content": None}, *({"role": "tool", "tool_call_id": id, "content": id[-3:]} for id in reversed(ids))]
+    assert with_tools(proxy, name, first).text == "".join(HELLO)
+    assert exchange(asked(proxy, name, 1), name) == [
+        ("user", "Wether?"), ("call", ids[0], "get_weather", {"city": "Paris"}), ("call", ids[1], "get_weather", {"city": "Rome"}), *(("result", id, id[-3:]) for id in reversed(ids))]
+
+
+def test_a_conversation_with_calls_is_gone_on_with_when_a_client_has_written_the_arguments_anew(staying):
+    proxy = staying("claude", alone=True)
+    proxy.play("claude", runs=[[["begin"], ["reason", "hm", "signed-1"], ["call", "get_weather", '{"city": "Paris",  "unit":"C"}'], ["end"]], DEFAULT_SCRIPT["steps"]])
+    answered = with_tools(proxy, "claude", ONE)
+    turns, ids = answered_calls(ONE, answered, "rain")
+    turns[1]["tool_calls"][0]["function"]["arguments"] = '{"unit":"C","city":"Paris"}'
+    assert with_tools(proxy, "claude", turns).text == "".join(HELLO) and logged(proxy, 1)["session"] == "live"
+    assert proxy.read("claude.heard").count("Weather?") == 1 and proxy.exists("claude.deferred")
+    turns[1]["tool_calls"][0]["function"]["arguments"] = '{"city":"Rome"}'
+    assert with_tools(proxy, "claude", turns).text == "".join(HELLO) and logged(proxy, 2)["session"] != "live"
+    assert exchange(asked(proxy, "claude", 2), "claude") == [("user", "Weather?"), ("kept", "signed-1"), ("call", ids[0], "get_weather", {"city": "Rome"}), ("result", ids[0], "rain")]
+
+
+@pytest.mark.parametrize("name", ["claude", "codex"])
+def test_what_the_model_reasoned_before_its_calls_is_replayed_with_them_to_whom_it_belongs(staying, name):
+    proxy = staying(name, flags=["--api-key", "k1", "--api-key", "k2"])
+    ask = lambda messages, key="k1", model=name: with_tools(proxy, model, messages, headers={"Authorization": "Bearer " + key})      # noqa: E731
+    proxy.play(name, runs=[[["begin"], ["reason", "hm", "signed-1"], PARIS, ROME, ["end"]], DEFAULT_SCRIPT["steps"]])
+    turns, ids = answered_calls(ONE, ask(ONE), "rain", "sun")
+    turns[0] = {"role": "user", "content": "Another question"}
+    kept = ("kept", "signed-1")
+    for number, (key, model, whole) in enumerate([("k1", name, True), ("k2", name, False), ("k1", {"claude": "opus", "codex": "gpt-5.9"}[name], False), ("k1", name, True)], 1):
+        assert ask(turns, key, model).status == 200
+        calls = [("call", ids[0], "get_weather", {"city": "Paris"}), ("call", ids[1], "get_weather", {"city": "Rome"})]
+        assert exchange(asked(proxy, name, number), name) == [
+            ("user", "Another question"), *([kept] if whole else []), *calls, ("result", ids[0], "rain"), ("result", ids[1], "sun")]
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_results_are_taken_by_a_new_process_when_the_one_that_made_the_calls_is_dead(staying, name):
+    proxy = staying(name, alone=True)
+    proxy.play(name, runs=[[["begin"], CLOCK, ["end"]], DEFAULT_SCRIPT["steps"]])
+    turns, ids = answered_calls(ONE, with_tools(proxy, name, ONE), "noon")
+    pid = asked(proxy, name)["pid"]
+    os.kill(pid, signal.SIGKILL)
+    eventually("it is missed", lambda: proxy.lines("event=resident-ended"))
+    assert with_tools(proxy, name, turns).text == "".join(HELLO)
+    seen = asked(proxy, name, 1)
+    assert seen["pid"] != pid and exchange(seen, name) == [("user", "Weather?"), ("call", ids[0], "now", {}), ("result", ids[0], "noon")]
+
+
+def test_calls_of_one_provider_are_answered_for_by_another_that_a_route_leads_to(serve):
+    proxy = serve(["--route", "two=codex,claude"], clis=["claude", "codex"], providers={"codex": {}, "claude": {}})
+    eventually("both are up", lambda: len(proxy.lines("event=resident-ready")) >= 2)
+    proxy.play("codex", ["begin"], ["reason", "hm", "signed"], PARIS, ["end"])
+    answered = with_tools(proxy, "two", ONE)
+    assert answered.headers["x-cliproxy-provider"] == "codex"
+    turns, ids = answered_calls(ONE, answered, "rain")
+    proxy.play("codex", ["begin"], ["fail", "unexpected status 503 Service Unavailable: busy", 503])
+    answered = with_tools(proxy, "two", turns)
+    assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-tried"] == "codex/gpt-5.5=overloaded, claude/sonnet=ok"
+    seen = asked(proxy, "claude")
+    assert exchange(seen, "claude") == [("user", "Weather?"), ("call", ids[0], "get_weather", {"city": "Paris"}), ("result", ids[0], "rain")], "without what only codex can read"
+    assert offered(seen, "claude") == ["mcp__c__get_weather", "mcp__c__now"]
+
+
+TWO_CALLS = [*ONE, {"role": "assistant", "content": None, "tool_calls": [{"id": f"c{n}", "type": "function", "function": {"name": "now", "arguments": "{}"}} for n in (1, 2)]}]
+
+
+@pytest.mark.parametrize("after, words", [
+    ([], MISSING_RESULTS + "c1, c2. "), ([{"role": "tool", "tool_call_id": "c1", "content": "r"}], MISSING_RESULTS + "c2. "), ([{"role": "user", "content": "so?"}], MISSING_RESULTS + "c1, c2. "),
+    ([{"role": "tool", "tool_call_id": "other", "content": "r"}], NOT_ASKED + '"other"'), ([{"role": "tool", "content": "r"}], NOT_ASKED + '""')])
+@pytest.mark.parametrize("model", ["claude", "echo"])
+def test_results_that_are_missing_or_of_no_call_are_refused_in_openais_words(proxy, model, after, words):
+    answered = with_tools(proxy, model, [*TWO_CALLS, *after])
+    assert answered.error == (400, "invalid_request_error", "invalid_value", "messages") and answered.message.startswith(words) and proxy.runs(model) == 0
+
+
+FORCE_NOW = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize("name, choice, params, seen_tools, seen", [
+    ("claude", "auto", "tools=native", 2, None), ("claude", "required", "tool_choice=native, tools=native", 2, {"type": "any"}),
+    ("claude", FORCE_NOW, "tool_choice=native, tools=native", 2, {"type": "tool", "name": "mcp__c__now"}), ("claude", "none", "tool_choice=native, tools=native", 2, {"type": "none"}),
+    ("qwen", "required", "tool_choice=native, tools=native", 2, "required"), ("qwen", FORCE_NOW, "tool_choice=native, tools=native", 2, {"type": "function", "function": {"name": "mcp__c__now"}}),
+    ("qwen", "none", "tool_choice=native, tools=native", 2, "none"), ("gemini", "required", "tool_choice=native, tools=native", 2, None), ("gemini", FORCE_NOW, "tool_choice=native, tools=native", 1, None),
+    ("gemini", "none", "tool_choice=native, tools=native", 0, None), ("codex", "required", "tool_choice=emulated, tools=native", 2, None), ("codex", FORCE_NOW, "tool_choice=emulated, tools=native", 2, None),
+    ("codex", "none", "tool_choice=emulated, tools=native", 0, None),
+    ("claude", {"type": "allowed_tools", "mode": "required", "tools": [FORCE_NOW]}, "tool_choice=native, tools=native", 1, {"type": "any"})])
+def test_a_tool_choice_gets_to_the_model_or_is_said_in_words(staying, name, choice, params, seen_tools, seen):
+    proxy = staying(name)
+    proxy.play(name, ["begin"], *([["say", ["No."]]] if choice == "none" else [CLOCK]), ["end"])
+    answered = with_tools(proxy, name, tool_choice=choice)
+    assert answered.headers["x-cliproxy-params"].split(", ") == params.split(", ")
+    assert answered.text == "No." if choice == "none" else calls_of(answered) == [("now", {})]
+    was = asked(proxy, name)
+    assert len(offered(was, name)) == seen_tools
+    body = was["settings"] if name == "qwen" else json.loads(was.get("settings", {}).get("CLAUDE_CODE_EXTRA_BODY") or "{}") if name == "claude" else {}
+    assert body.get("tool_choice") == seen
+    words = [row[1] for row in conversation(was) if row[0] == "system"]
+    assert [("the tool now" if choice is FORCE_NOW else "at least one of your tools") in w for w in words] == ([True] if name == "codex" and choice != "none" else [])
+
+
+def test_a_model_that_has_to_call_and_does_not_is_told_so_once(staying):
+    proxy = staying("codex", alone=True)
+    talks = [["begin"], ["say", ["I would rather talk."]], ["end"]]
+    proxy.play("codex", runs=[talks, [["begin"], CLOCK, ["end"]], talks])
+    assert calls_of(with_tools(proxy, "codex", tool_choice="required")) == [("now", {})]
+    again = conversation(asked(proxy, "codex", 1))
+    assert again[-2:] == [("assistant", "I would rather talk."), ("user", "You have not called a tool. Call it now, and do not answer in text.")]
+    assert len(proxy.lines("event=asked-again")) == 1 and "rather" not in proxy.log()
+    answered = with_tools(proxy, "codex", tool_choice="required")
+    assert answered.text == "I would rather talk." and answered.json["choices"][0]["finish_reason"] == "stop", "the second time it is taken as it is"
+
+
+@pytest.mark.parametrize("name, how", [("claude", "native"), ("qwen", "native"), ("codex", "emulated"), ("gemini", "emulated")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_call_at_a_time_is_what_a_client_gets_that_asked_for_that(staying, name, how, stream):
+    proxy = staying(name)
+    proxy.play(name, ["begin"], PARIS, *([ROME] if how == "emulated" else []), ["end"])
+    answered = with_tools(proxy, name, parallel_tool_calls=False, stream=stream)
+    calls = [(c[1], json.loads("".join(c[2]))) for c in streamed_calls(answered.frames)[1]] if stream else calls_of(answered)
+    assert calls == [("get_weather", {"city": "Paris"})]
+    if not stream:
+        assert f"parallel_tool_calls={how}" in answered.headers["x-cliproxy-params"]
+    seen = asked(proxy, name).get("settings", {})
+    if name == "claude":
+        assert json.loads(seen["CLAUDE_CODE_EXTRA_BODY"])["tool_choice"] == {"type": "auto", "disable_parallel_tool_use": True}
+    if name == "qwen":
+        assert seen["parallel_tool_calls"] is False
+
+
+def test_functions_and_function_call_are_answered_as_they_were_before_there_were_tools(staying):
+    proxy = staying("claude")
+    proxy.play("claude", ["begin"], PARIS, ROME, ["end"])
+    functions = {"functions": [row["function"] for row in TOOL_ROWS], "function_call": {"name": "get_weather"}}
+    choice = proxy.ask("claude", ONE, **functions).json["choices"][0]
+    assert choice["finish_reason"] == "function_call" and choice["message"]["content"] is None and "tool_calls" not in choice["message"]
+    assert choice["message"]["function_call"] == {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+    frames = proxy.ask("claude", ONE, stream=True, **functions).frames
+    deltas = [f["choices"][0]["delta"] for f in frames[:-1]]
+    assert deltas[1] == {"function_call": {"name": "get_weather", "arguments": ""}} and "".join(d["function_call"]["arguments"] for d in deltas[1:-1]) == '{"city": "Paris"}'
+    assert frames[-2]["choices"][0]["finish_reason"] == "function_call"
+    proxy.play("claude")
+    turns = [*ONE, {"role": "assistant", "content": None, "function_call": choice["message"]["function_call"]}, {"role": "function", "name": "get_weather", "content": "rain"}]
+    assert proxy.ask("claude", turns, functions=functions["functions"]).text == "".join(HELLO)
+    rows = exchange(asked(proxy, "claude", 2), "claude")
+    assert [row[0] for row in rows] == ["user", "call", "result"] and rows[1][1] == rows[2][1] and rows[2][2] == "rain"
+
+
+ODD_NAMES = ["天気", "x" * 64, "y" * 100, "a.b", "give_answer", "mcp__c__x", "Bash", "exec_command", "mcp_c_f", "read_file"]
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_a_tool_of_any_name_is_called_by_that_name(staying, name):
+    proxy = staying(name)
+    rows = [{"type": "function", "function": {"name": odd, "parameters": {"type": "object", "properties": {}}}} for odd in ODD_NAMES]
+    calls = [["call", number, {"n": number}] for number in range(len(ODD_NAMES))]
+    proxy.play(name, runs=[[["begin"], *calls, ["end"]], DEFAULT_SCRIPT["steps"]])
+    answered = with_tools(proxy, name, ONE, tools=rows)
+    assert calls_of(answered) == [(odd, {"n": number}) for number, odd in enumerate(ODD_NAMES)]
+    told = offered(asked(proxy, name), name)
+    assert len(set(told)) == len(ODD_NAMES) and all(re.fullmatch("[A-Za-z0-9_-]{1,64}", wire) and wire.startswith(PREFIXES[name]) for wire in told)
+    turns, ids = answered_calls(ONE, answered, *map(str, range(len(ODD_NAMES))))
+    assert with_tools(proxy, name, turns, tools=rows).status == 200
+    assert [row[2] for row in conversation(asked(proxy, name, 1)) if row[0] == "call"] == told, "and is so named in what is replayed"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_breaks_off_in_a_call_is_not_gone_on_with(serve, stream):
+    proxy = serve(["--route", "two=claude,codex"], clis=["claude", "codex"], providers={"codex": {}, "claude": {}})
+    eventually("both are up", lambda: len(proxy.lines("event=resident-ready")) >= 2)
+    begins = claude_event({"type": "content_block_start", "index": 1, "content_block": {"type": "tool_use", "id": "toolu_1", "name": "mcp__c__get_weather", "input": {}}})
+    piece = claude_event({"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": '{"ci'}})
+    proxy.play("claude", runs=[DEFAULT_SCRIPT["steps"], [["begin"], ["line", begins], ["line", piece], ["kill", signal.SIGKILL]]])
+    proxy.play("codex", ["begin"], ROME, ["end"])
+    assert proxy.ask("claude").status == 200
+    answered = with_tools(proxy, "two", stream=stream)
+    if stream:
+        frames = answered.frames
+        chunks = [f["choices"][0] for f in frames[:-1] if not isinstance(f, str)]
+        assert frames[-1]["error"]["code"] == "provider_crashed" and not any(c["finish_reason"] for c in chunks) and not proxy.exists("codex.asked.0")
+        assert [c["delta"] for c in chunks[1:]] == [{"tool_calls": [{"index": 0, "id": "toolu_1", "type": "function", "function": {"name": "get_weather", "arguments": ""}}]},
+                                                    {"tool_calls": [{"index": 0, "function": {"arguments": '{"ci'}}]}]
+    else:
+        assert calls_of(answered) == [("get_weather", {"city": "Rome"})] and answered.headers["x-cliproxy-tried"].endswith("claude/sonnet=provider_crashed, codex/gpt-5.5=ok")
+
+
+def test_a_tool_that_the_model_made_up_is_no_call_of_gemini_and_one_of_that_name_of_the_others(staying):
+    gemini = staying("gemini")
+    gemini.play("gemini", ["begin"], ["call", "made_up", {}], ["end"])
+    assert with_tools(gemini, "gemini").error[:3] == (502, "server_error", "invalid_model_output")
+    for name in ("claude", "codex"):
+        proxy = staying(name)
+        proxy.play(name, ["begin"], ["call", "made_up", {"a": 1}], ["end"])
+        assert calls_of(with_tools(proxy, name)) == [("made_up", {"a": 1})]
+
+
+def test_arguments_go_out_as_the_model_wrote_them_even_if_they_are_no_json(staying):
+    for name in ("claude", "codex"):
+        proxy = staying(name)
+        proxy.play(name, ["begin"], ["call", "now", '{"a": '], ["call", "now", ""], ["end"]) if name == "codex" else proxy.play(name, ["begin"], ["call", "now", ""], ["end"])
+        calls = [c["function"]["arguments"] for c in with_tools(proxy, name).json["choices"][0]["message"]["tool_calls"]]
+        assert calls == (['{"a": ', "{}"] if name == "codex" else ["{}"])
+
+
+def test_a_session_goes_on_across_a_call_with_nothing_but_the_result(staying):
+    proxy = staying("claude", alone=True)
+    proxy.play("claude", runs=[[["begin"], PARIS, ["end"]], DEFAULT_SCRIPT["steps"]])
+    answered = in_session(proxy, "tools", "Weather?", tools=TOOL_ROWS)
+    id = answered.json["choices"][0]["message"]["tool_calls"][0]["id"]
+    wrong = in_session(proxy, "tools", "so?", tools=TOOL_ROWS)
+    assert wrong.status == 400 and wrong.message.startswith(MISSING_RESULTS + id)
+    for number, messages in enumerate(([{"role": "tool", "tool_call_id": id, "content": "rain"}], "Thanks"), 1):
+        assert in_session(proxy, "tools", messages, tools=TOOL_ROWS).text == "".join(HELLO)
+        rows = exchange(asked(proxy, "claude", number), "claude")
+        assert rows[:3] == [("user", "Weather?"), ("call", id, "get_weather", {"city": "Paris"}), ("result", id, "rain")] and len(rows) == 1 + 2 * number
+    stored = proxy.request("GET", "/v1/sessions/tools").json["messages"]
+    assert [m["role"] for m in stored] == ["user", "assistant", "tool", "assistant", "user", "assistant"] and stored[1]["tool_calls"][0]["id"] == id
+
+
+def test_a_session_takes_the_call_once_more_with_its_result(staying):
+    proxy = staying("codex")
+    proxy.play("codex", runs=[[["begin"], PARIS, ["end"]], DEFAULT_SCRIPT["steps"]])
+    headers = {"X-Session-Id": "once-more"}
+    turns, ids = answered_calls(ONE, with_tools(proxy, "codex", ONE, headers=headers), "rain")
+    assert with_tools(proxy, "codex", turns[1:], headers=headers).text == "".join(HELLO)
+    assert exchange(asked(proxy, "codex", 1), "codex") == [("user", "Weather?"), ("call", ids[0], "get_weather", {"city": "Paris"}), ("result", ids[0], "rain")]
+    proxy.request("DELETE", "/v1/sessions/once-more")
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_a_client_that_never_comes_back_with_results_leaves_nothing_behind(staying, name):
+    proxy = staying(name)
+    proxy.play(name, ["begin"], PARIS, CLOCK, ["end"])
+    pids = set()
+    for number in range(20):
+        assert len(calls_of(with_tools(proxy, name, [{"role": "user", "content": f"Weather {number}?"}]))) == 2
+        pids.add(asked(proxy, name, number)["pid"])
+    assert len(pids) <= (2 if name == "claude" else 1)
+    proxy.play(name)
+    assert with_tools(proxy, name).text == "".join(HELLO) and conversation(asked(proxy, name, 20)) == [("user", "Weather?")]
 
 
 # === Checkpoints =====================================================================================================
