@@ -372,7 +372,7 @@ class AcpAgent(Agent):
             body = {}
             if os.path.exists(settings):
                 with open(settings) as f:
-                    body = json.load(f)["model"]
+                    body = json.loads(f.read().replace("${CLIPROXY_DOLLAR}", os.environ["CLIPROXY_DOLLAR"]))["model"]
             self.sessions[session] = {"messages": body.get("generationConfig", {}).get("extra_body", {}).get("messages", []), "model": body.get("name"),
                                       "settings": {k: v for k, v in body.get("generationConfig", {}).get("extra_body", {}).items() if k != "messages"}}
             self.connect(session, params["mcpServers"])
@@ -651,6 +651,8 @@ class Turn(Stage):
             self.spoken(step, *args) if step in SPOKEN else getattr(self, "do_" + step)(*args)
 
     def spoken(self, step, *args):
+        if step == "call" and not self.agent.sessions[self.session].get("tools"):
+            return                          # a model without tools calls none
         self.ended = self.ended or step == "end"
         self.said += args[0] if step == "say" else []
         if step == "fail":
@@ -1736,6 +1738,15 @@ def test_a_rule_fits_a_line_when_all_its_fields_do(row, line, fits):
     assert cliproxy.EventRule({"if": row, "skip": True}).fits(line) is fits
 
 
+@pytest.mark.parametrize("row, line, found", [
+    ({"index": "i", "arguments": "d.json"}, {"i": 0, "d": {"json": '{"a'}}, {"index": 0, "arguments": '{"a'}), ({"id": "id", "name": "n"}, {"id": "x", "n": "f"}, {"id": "x", "name": "f", "arguments": ""}),
+    ({"name": {"path": "options.1.name", "match": ": (.*)$"}, "arguments": "raw"}, {"options": [{}, {"name": "Allow: a: b"}], "raw": {"é": [1], "b": None}}, {"name": "a: b", "arguments": '{"é":[1],"b":null}'}),
+    ({"name": {"path": "n", "match": ": (.*)$"}}, {"n": "plain"}, {"name": "plain", "arguments": ""}), ({"name": {"path": "n", "match": "(.)"}, "arguments": "a"}, {"n": 5, "a": [1]}, {"name": 5, "arguments": ""}),
+    ({"served": True, "arguments": "a", "without": ["wait"]}, {"a": {"wait": True, "x": 1}}, {"arguments": '{"x":1}'}), ({"name": "options.9.name"}, {"options": []}, {"name": None, "arguments": ""})])
+def test_a_rule_finds_a_call_in_a_line_with_its_arguments_as_json_text(row, line, found):
+    assert cliproxy.EventRule({"if": {}, "call": row}).call(line) == found
+
+
 def test_the_binary_is_found_on_the_path_of_the_moment(tmp_path):
     provider = loaded()["claude"]
     assert provider.binary({"PATH": str(tmp_path)}) is None
@@ -2546,6 +2557,41 @@ def test_a_file_of_lines_can_depend_on_a_value():
     assert cliproxy.fill_lines(spec, variables_of("codex", [user("c")]).lookup) is cliproxy.MISSING
     lines = cliproxy.fill_lines(spec, variables_of("codex", [user("a"), user("c")]).lookup).splitlines()
     assert [json.loads(line) for line in lines] == [{"a": 1}, {"payload": {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]}}]
+
+
+def holes_of(name, driver, messages=(user("Hi"),), outside=None, model="m", key="k", **params):
+    request = Request("x", tuple(messages), params, tools=(WEATHER,) if params.pop("has_tools", True) else (), key_id=key)
+    variables = cliproxy.Variables(cliproxy.Turn(PROVIDERS[name], model, request), strategy(name, driver), "/place", outside or {})
+    return lambda hole: variables.lookup(*hole.partition(":")[::2])
+
+
+def test_the_holes_for_tools_are_filled_if_there_are_tools_and_missing_if_not():
+    claude, none = holes_of("claude", "claude-stream", tool_choice="required", parallel_tool_calls=False), holes_of("claude", "claude-stream", has_tools=False, tool_choice="required")
+    assert claude("tools") is True and claude("tools:mcp")[0]["name"] == "get_weather"[len("mcp__c__"):], "of wired names the prefix is left out"
+    assert claude("choice:anthropic") == {"type": "any", "disable_parallel_tool_use": True} and claude("parallel") is False and claude("forced") == "yes"
+    assert [none(hole) for hole in ("tools", "tools:mcp", "tools:openai", "choice:anthropic", "choice:gemini")] == [cliproxy.MISSING] * 5
+    assert [holes_of("claude", "claude-stream")(hole) for hole in ("choice:anthropic", "choice:openai", "choice:gemini", "parallel", "forced", "unkept")] == [cliproxy.MISSING] * 6
+    assert holes_of("claude", "claude-stream", tool_choice={"name": "f"})("forced") == "yes" and holes_of("claude", "claude-stream", tool_choice="none")("forced") is cliproxy.MISSING
+    assert holes_of("gemini", "acp-tools")("own:turns") == 1 and holes_of("gemini", "acp")("own:turns") is cliproxy.MISSING
+
+
+def test_what_was_kept_of_the_reasoning_is_put_before_the_calls_it_led_to():
+    talk, signed = (user("Hi"), made("1", "2"), result("1", "2")), {"type": "thinking", "thinking": "hm", "signature": "s"}
+    kept = {("claude", "m", "k", "1"): [signed], ("codex", "m", "k", "1"): [{"type": "reasoning", "id": "r"}]}
+    claude = holes_of("claude", "claude-stream", talk, {"kept": kept})
+    assert [b["type"] for b in claude("messages:anthropic")[1]["content"]] == ["thinking", "tool_use", "tool_use"] and claude("unkept") is cliproxy.MISSING
+    assert [i["type"] for i in holes_of("codex", "codex-app-server", talk, {"kept": kept})("new:responses")] == ["message", "reasoning", *["function_call"] * 2, *["function_call_output"] * 2]
+    for more in ({"model": "other"}, {"key": "other"}, {"outside": {"kept": {}}}):
+        hole = holes_of("claude", "claude-stream", talk, **{"outside": {"kept": kept}, **more})
+        assert [b["type"] for b in hole("messages:anthropic")[1]["content"]] == ["tool_use", "tool_use"] and hole("unkept") == "yes"
+    assert holes_of("claude", "claude-stream", (*talk, user("so?")), {"kept": {}})("unkept") is cliproxy.MISSING, "the calls are of an earlier turn"
+
+
+@pytest.mark.parametrize("text, value", [('{"a": 1}', {"a": 1}), ("", {}), ("[1]", {"invalid_arguments": "[1]"}), ("{", {"invalid_arguments": "{"}), ("null", {"invalid_arguments": "null"})])
+def test_arguments_that_are_no_object_are_still_part_of_the_history(text, value):
+    said = (Message("assistant", (CallPart("1", "f", text),)),)
+    assert cliproxy.anthropic_messages(said)[0]["content"][0]["input"] == cliproxy.gemini_contents(said)[0]["content"][0]["functionCall"]["args"] == value
+    assert cliproxy.openai_messages(said)[0]["tool_calls"][0]["function"]["arguments"] == cliproxy.responses_items(said)[0]["arguments"] == text
 
 
 def test_every_system_message_of_a_conversation_is_part_of_the_system_prompt():
@@ -3369,6 +3415,23 @@ def test_a_new_agent_is_an_entry_and_no_code(serve):
     assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-strategy"] == "acp"
     prompt = [m for m in map(json.loads, proxy.read("qwen.heard").splitlines()) if m.get("method") == "session/prompt"][0]["params"]["prompt"]
     assert prompt == [{"type": "text", "text": cliproxy.transcript(cliproxy.ChatCompletions().parse({"model": "m", "messages": HISTORY}, "").messages)}]
+
+
+def test_reasoning_is_kept_by_its_call_and_the_oldest_is_forgotten(monkeypatch):
+    monkeypatch.setattr(cliproxy, "MAX_KEPT", 3)
+    kept = cliproxy.Keepsakes()
+    for n in range(5):
+        kept.keep(("claude", "m", "k", str(n)), [n])
+    kept.keep(("claude", "m", "k", "3"), ["again"])
+    assert [kept.get(("claude", "m", "k", str(n)), ()) for n in range(5)] == [(), (), [2], ["again"], [4]] and kept.get(("claude", "m", "other", "4"), "none") == "none"
+
+
+def test_a_conversation_is_named_by_all_that_was_said_and_offered_however_arguments_are_written():
+    def key(arguments="{}", tools=(WEATHER,), id="1", text="r", name="f", **params):
+        messages = (user("a"), Message("assistant", (CallPart(id, name, arguments),)), Message("tool", (ResultPart(id, "", text),)))
+        return cliproxy.conversation_key(cliproxy.Turn(PROVIDERS["claude"], "m", Request("x", messages, params, tools=tools)), messages)
+    assert key('{"a": 1, "b": [2]}') == key('{"b":[2],"a":1}') == key(' {"a":1,"b":[2]}\n') and key("") == key("{}") == key(" {} ") and key("{a") == key("{a")
+    assert len({key(), key('{"a": 1}'), key('{"a": 2}'), key("{a"), key(tools=()), key(tools=(WEATHER, CLOCK_TOOL)), key(id="2"), key(text="s"), key(name="g"), key(tool_choice="required")}) == 10
 
 
 def test_a_mailbox_gives_its_lines_in_order_and_then_to_whom_they_are_diverted():
@@ -6355,16 +6418,239 @@ def test_a_session_takes_the_call_once_more_with_its_result(staying):
 
 
 @pytest.mark.parametrize("name", CLIS)
-def test_a_client_that_never_comes_back_with_results_leaves_nothing_behind(staying, name):
-    proxy = staying(name)
+def test_clients_that_never_come_back_with_results_leave_nothing_behind(staying, name):
+    proxy = staying(name, alone=True)
     proxy.play(name, ["begin"], PARIS, CLOCK, ["end"])
-    pids = set()
     for number in range(20):
         assert len(calls_of(with_tools(proxy, name, [{"role": "user", "content": f"Weather {number}?"}]))) == 2
-        pids.add(asked(proxy, name, number)["pid"])
-    assert len(pids) <= (2 if name == "claude" else 1)
+    seen = [asked(proxy, name, number)["pid"] for number in range(20)]
+    assert len(set(seen)) <= (2 if name == "claude" else 1)
     proxy.play(name)
     assert with_tools(proxy, name).text == "".join(HELLO) and conversation(asked(proxy, name, 20)) == [("user", "Weather?")]
+    servers = [s for m in map(json.loads, proxy.read(f"{name}.heard").splitlines()) for s in m.get("params", {}).get("mcpServers", ())]
+    assert len(servers) == (21 if name in ("gemini", "qwen") else 0) == len({s["url"] for s in servers})
+    for server in servers:
+        eventually("nothing is served any more", lambda: over_http(server["url"], MCP_INIT, server["headers"][0]["value"].partition(" ")[2])[0] == 404)
+    still(lambda: proxy.read(f"{name}.heard"))
+    for pid in set(seen):
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+    ended = eventually("its end is logged", lambda: proxy.lines("event=resident-ended"))
+    assert all(" lost=0" in line for line in ended), "no conversation was still busy"
+
+
+def test_claude_is_told_to_leave_its_calls_alone_also_when_it_asks_after_the_end_of_the_turn(staying):
+    proxy = staying("claude", alone=True)
+    proxy.play("claude", runs=[[["begin"], ["late"], PARIS, ROME, ["end"]], DEFAULT_SCRIPT["steps"]])
+    answered = with_tools(proxy, "claude", ONE)
+    assert len(calls_of(answered)) == 2
+    eventually("it is told so", lambda: proxy.exists("claude.deferred"))
+    turns, ids = answered_calls(ONE, answered, "rain", "sun")
+    assert with_tools(proxy, "claude", turns).text == "".join(HELLO) and logged(proxy, 1)["session"] == "live"
+    assert exchange(asked(proxy, "claude", 1), "claude")[-2:] == [("result", ids[0], "rain"), ("result", ids[1], "sun")]
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_call_interrupts_the_turn(staying):
+    proxy = staying("codex")
+    proxy.play("codex", ["begin"], PARIS, ["wait", "never"])
+    with proxy.started("codex", tools=TOOL_ROWS) as s:
+        until(s, b"get_weather")
+    eventually("the turn is interrupted", lambda: "turn/interrupt" in proxy.read("codex.heard"))
+    proxy.play("codex")
+    assert with_tools(proxy, "codex").text == "".join(HELLO)
+
+
+def test_a_resident_with_tools_that_are_not_the_clients_is_refused(staying):
+    proxy = staying("claude", alone=True)
+    proxy.play("claude", ["begin", "mcp__c__get_weather", "Bash"], ["say", ["a"]], ["end"])
+    answered = with_tools(proxy, "claude")
+    assert answered.status == 502 and "started with tools switched on" in answered.message
+
+
+def test_many_conversations_at_once_get_their_own_calls_and_results(staying):
+    """Turns with tools and without, at random, at all four; of what a model is asked all is of one conversation, and in its order."""
+    proxy, draw, wrong = staying("claude"), random.Random(6), []
+    for name in CLIS:
+        proxy.play(name, ["begin"], ["say", ["s"]], CLOCK, *([PARIS] if name in ("gemini", "codex") else []), ["end"])
+
+    def client(name, number, plan):
+        turns = [{"role": "user", "content": f"{number}.0"}]
+        for turn, has_tools in enumerate(plan, 1):
+            answered = with_tools(proxy, name, turns, **({} if has_tools else {"tools": []}))
+            message = answered.json["choices"][0]["message"] if answered.status == 200 else {}
+            calls = message.get("tool_calls", [])
+            if message.get("content") != "s" or [c["function"]["name"] for c in calls] != ["now", "get_weather"][:len(calls)] or bool(calls) != has_tools:
+                return wrong.append((name, number, answered.body))
+            turns += [{key: message[key] for key in ("role", "content", "tool_calls") if key in message}]
+            turns += [{"role": "tool", "tool_call_id": c["id"], "content": f"{number}.{turn}"} for c in calls] or [{"role": "user", "content": f"{number}.{turn}"}]
+    threads = [threading.Thread(target=client, args=(CLIS[i % 4], i, [draw.random() < 0.7 for _ in range(3)]), daemon=True) for i in range(12)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    for name in CLIS:
+        for n in range(9):
+            rows = [row for row in exchange(asked(proxy, name, n), name) if row[0] in ("user", "result")]
+            said_by = [tuple(map(int, row[-1].split("."))) for row in rows]
+            assert len({number for number, _ in said_by}) == 1 and [turn for _, turn in said_by] == sorted(turn for _, turn in said_by)
+            assert {turn for _, turn in said_by} == set(range(said_by[-1][1] + 1))
+
+
+# --- tools in text ---
+
+SAID_CALL = '{"tool_calls": [{"name": "get_weather", "arguments": {"city": "Paris"}}]}'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cli_without_tools_is_told_of_them_in_words_and_its_answer_is_a_call(proxy, stream):
+    answered = with_tools(proxy, "echo", SAID_CALL, stream=stream)
+    if stream:
+        text, calls, finish = streamed_calls(answered.frames)
+        assert (text, finish, [(c[1], c[2]) for c in calls]) == ("", "tool_calls", [("get_weather", ['{"city":"Paris"}'])])
+    else:
+        assert calls_of(answered) == [("get_weather", {"city": "Paris"})] and answered.headers["x-cliproxy-params"] == "tools=emulated"
+    assert with_tools(proxy, "echo", "plain").text == "plain" and proxy.ask("echo", SAID_CALL).text == SAID_CALL, "without tools it is text"
+
+
+def test_a_call_in_text_that_cannot_be_read_is_asked_for_once_more(proxy):
+    proxy.play("claude-text", runs=[[["say", ['{"tool_calls": [{"name": "get_wether"}]}']], ["end"]], [["say", [SAID_CALL]], ["end"]]], reveal=True)
+    answered = with_tools(proxy, "claude-text", ONE)
+    assert calls_of(answered) == [("get_weather", {"city": "Paris"})]
+    first, second = (json.dumps(proxy.given("claude-text", number)) for number in (0, 1))
+    assert "<tools>" in first and "get_wether" not in first and "get_wether" in second and 'the tools are' in second and "Your answer looks like a tool call" in second
+
+
+def test_a_call_in_text_that_cannot_be_read_twice_is_the_text_that_it_is(proxy):
+    proxy.play("claude-text", ["say", ['{"tool_calls": []}']], ["end"])
+    answered = with_tools(proxy, "claude-text", ONE)
+    assert answered.text == '{"tool_calls": []}' and answered.json["choices"][0]["finish_reason"] == "stop" and proxy.runs("claude-text") == 2
+
+
+def test_results_get_to_a_cli_without_tools_as_words(proxy):
+    proxy.play("claude", reveal=True)
+    turns = [*TWO_CALLS, {"role": "tool", "tool_call_id": "c1", "content": "noon"}, {"role": "tool", "tool_call_id": "c2", "content": "one"}]
+    answered = with_tools(proxy, "claude", turns)
+    assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-params"].startswith("tools=emulated")
+    given = proxy.given("claude")
+    assert all(f'<tool_result name=\\"now\\" id=\\"{id}\\">\\n{text}\\n</tool_result>' in given["stdin"] for id, text in (("c1", "noon"), ("c2", "one")))
+    assert json.dumps('{"tool_calls": [{"name": "now", "arguments": {}}, {"name": "now", "arguments": {}}]}') in given["files"]["history.jsonl"]
+
+
+@pytest.mark.parametrize("choice, alone, words", [("required", None, "This time you must call a tool"), (FORCE_NOW, None, "must call the tool now"), (None, False, "exactly one call"), ("none", None, None)])
+def test_a_tool_choice_is_part_of_the_words(proxy, choice, alone, words):
+    proxy.play("claude", ["begin"], ["say", ["a" if choice is None or choice == "none" else '{"tool_calls": [{"name": "now"}]}']], ["end"], reveal=True)
+    more = {**({"tool_choice": choice} if choice else {}), **({"parallel_tool_calls": alone} if alone is not None else {})}
+    answered = with_tools(proxy, "claude", **more)
+    system = proxy.given("claude")["files"].get("system.md", "")
+    assert answered.status == 200 and (words in system if words else "<tools>" not in system)
+
+
+# --- JSON ---
+
+def json_form(schema, **more):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **more}}
+
+
+NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+LOOSE = {"type": "object", "properties": {"n": {"type": "integer"}}}
+JSON_MODE = {"type": "json_object"}
+GOOD, WRONG = '{"n": 1}', '{"n": "1"}'
+PLACE = '$.n: expected an integer, found "1"'
+
+
+@pytest.mark.parametrize("name, form, how", [
+    ("claude", json_form(NUMBER), "tool"), ("claude", JSON_MODE, "tool"), ("claude", json_form({"type": "array"}), "words"), ("gemini", json_form(NUMBER), "native"), ("gemini", JSON_MODE, "native"),
+    ("codex", json_form(NUMBER), "native"), ("codex", json_form(LOOSE), "words"), ("codex", JSON_MODE, "words"), ("qwen", json_form(NUMBER), "native"), ("qwen", JSON_MODE, "native")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_has_to_be_json_is_it_whichever_way_the_cli_is_told(staying, name, form, how, stream):
+    proxy, text = staying(name), "[1]" if form == json_form({"type": "array"}) else GOOD
+    proxy.play(name, ["begin"], *([["say", ["Here: "]], ["call", "give_answer", text]] if how == "tool" else [["say", [text[:3], text[3:]]]]), ["end"])
+    answered = proxy.ask(name, response_format=form, stream=stream)
+    if stream:
+        assert said(answered.frames) == [(text, "", "stop")]
+    else:
+        assert answered.text == text and answered.json["choices"][0]["finish_reason"] == "stop" and "tool_calls" not in answered.json["choices"][0]["message"]
+        assert f"response_format={'native' if how == 'native' else 'emulated'}" in answered.headers["x-cliproxy-params"] and answered.json["usage"]["completion_tokens"] == 6
+    seen = asked(proxy, name)
+    assert [t["name"] for t in seen.get("tools", ())] == (["mcp__c__give_answer"] if how == "tool" else [])
+    assert any("is read by a program as JSON" in row[1] for row in conversation(seen) if row[0] == "system") == (how == "words")
+    if how == "native" and name != "gemini":
+        assert seen["settings"]["outputSchema" if name == "codex" else "response_format"] == (NUMBER if name == "codex" else form)
+
+
+@pytest.mark.parametrize("name, stream", [("claude", False), ("claude", True), ("gemini", False), ("codex", False), ("qwen", False)])
+def test_json_that_does_not_fit_is_asked_for_once_more_and_paid_for_twice(staying, name, stream):
+    proxy = staying(name, alone=True)
+    answer = (lambda text: ["call", "give_answer", text]) if name == "claude" else lambda text: ["say", [text]]
+    proxy.play(name, runs=[[["begin"], answer(WRONG), ["end"]], [["begin"], answer(GOOD), ["end"]]])
+    answered = proxy.ask(name, response_format=json_form(NUMBER), stream=stream, **({"stream_options": {"include_usage": True}} if stream else {}))
+    frames = answered.frames if stream else []
+    usage = frames[-2]["usage"] if stream else answered.json["usage"]
+    assert (said(frames, usage=True)[0][0] if stream else answered.text) == GOOD and (usage["prompt_tokens"], usage["completion_tokens"]) == (144, 12)
+    rows = [row for row in conversation(asked(proxy, name, 1)) if row[0] in ("user", "assistant")]
+    assert rows[-2] == ("assistant", WRONG) and PLACE in rows[-1][1] and len(proxy.lines("event=asked-again")) == 1 and "expected an integer" not in proxy.log()
+
+
+@pytest.mark.parametrize("name", CLIS)
+def test_json_that_does_not_fit_twice_is_an_error_that_says_where(staying, name):
+    proxy = staying(name)
+    proxy.play(name, ["begin"], ["call", "give_answer", WRONG] if name == "claude" else ["say", [WRONG]], ["end"])
+    answered = proxy.ask(name, response_format=json_form(NUMBER))
+    assert answered.error == (502, "server_error", "invalid_model_output", None) and answered.retry[0] == "true" and PLACE in answered.message
+    assert proxy.exists(f"{name}.asked.1") and not proxy.exists(f"{name}.asked.2")
+    proxy.play(name)
+    assert proxy.ask(name).status == 200, "that closes no breaker"
+
+
+def test_native_json_that_is_streamed_and_does_not_fit_ends_in_an_error_without_a_finish_reason(staying):
+    proxy = staying("codex")
+    proxy.play("codex", ["begin"], ["say", [WRONG]], ["end"])
+    frames = proxy.ask("codex", response_format=json_form(NUMBER), stream=True).frames
+    assert frames[-1]["error"]["code"] == "invalid_model_output" and PLACE in frames[-1]["error"]["message"]
+    assert "".join(f["choices"][0]["delta"].get("content", "") for f in frames[:-1]) == WRONG and not any(f["choices"][0]["finish_reason"] for f in frames[:-1])
+
+
+def test_json_of_the_next_provider_is_taken_when_one_gives_none(serve):
+    proxy = serve(["--route", "two=codex,gemini"], clis=["codex", "gemini"])
+    proxy.play("codex", ["begin"], ["say", [WRONG]], ["end"])
+    proxy.play("gemini", ["begin"], ["say", [GOOD]], ["end"])
+    answered = proxy.ask("two", response_format=json_form(NUMBER))
+    assert answered.text == GOOD and answered.headers["x-cliproxy-tried"] == "codex/gpt-5.5=invalid_model_output, gemini/gemini-2.5-pro=ok"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reason, finish, field", [("max_tokens", "length", "content"), ("refusal", "content_filter", "refusal")])
+def test_json_that_breaks_off_or_is_refused_goes_out_as_it_is(staying, reason, finish, field, stream):
+    proxy = staying("claude")
+    proxy.play("claude", ["begin"], ["say", ['{"n":']], ["end", reason])
+    answered = proxy.ask("claude", response_format=json_form(NUMBER), stream=stream)
+    if stream:
+        deltas = [f["choices"][0] for f in answered.frames[:-1]]
+        assert [d["delta"] for d in deltas[1:-1]] == [{field: '{"n":'}] and deltas[-1]["finish_reason"] == finish
+    else:
+        choice = answered.json["choices"][0]
+        assert choice["finish_reason"] == finish and choice["message"] == {"role": "assistant", "content": None, "refusal": None, field: '{"n":'}
+
+
+@pytest.mark.parametrize("name, way", [("claude", "tool"), ("gemini", "words"), ("codex", "native"), ("qwen", "native")])
+def test_a_model_that_has_tools_and_is_to_answer_in_json_may_do_both(staying, name, way):
+    proxy = staying(name)
+    final = ["call", "give_answer", GOOD] if way == "tool" else ["say", [GOOD]]
+    proxy.play(name, runs=[[["begin"], PARIS, ["end"]], [["begin"], final, ["end"]]])
+    answered = with_tools(proxy, name, ONE, response_format=json_form(NUMBER))
+    assert calls_of(answered) == [("get_weather", {"city": "Paris"})]
+    turns, ids = answered_calls(ONE, answered, "rain")
+    answered = with_tools(proxy, name, turns, response_format=json_form(NUMBER))
+    assert answered.text == GOOD and answered.json["choices"][0]["finish_reason"] == "stop"
+    told = offered(asked(proxy, name, 1), name)
+    assert [t[len(PREFIXES[name]):] for t in told] == ["get_weather", "now", *(["give_answer"] if way == "tool" else [])]
+
+
+def test_json_in_words_is_taken_out_of_its_fence(proxy):
+    assert proxy.ask("echo", f"```json\n{GOOD}\n```", response_format=json_form(NUMBER)).text == GOOD
+    answered = proxy.ask("echo", WRONG, response_format=json_form(NUMBER))
+    assert answered.error[:3] == (502, "server_error", "invalid_model_output") and "echo" in answered.message, "it says our question for it back"
 
 
 # === Checkpoints =====================================================================================================
