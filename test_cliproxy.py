@@ -800,6 +800,7 @@ if __name__ == "__main__":
 
 import ast
 import atexit
+import base64
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -811,6 +812,8 @@ import hashlib
 import http.client
 import importlib.util
 import io
+import ipaddress
+import itertools
 import pathlib
 import pwd
 import py_compile
@@ -833,7 +836,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 import cliproxy  # noqa: E402
-from cliproxy import Call, CallPart, Done, ImagePart, Limit, Message, Refusal, Request, ResultPart, Text, TextPart, Thinking, Tool, Usage, Waiting  # noqa: E402
+from cliproxy import (Call, CallPart, Done, FilePart, ImagePart, Limit, LinkPart, Message, Refusal, Request, ResultPart, Text, TextPart, Thinking, Tool,  # noqa: E402
+                      Usage, Waiting)
 
 pytestmark = pytest.mark.filterwarnings("error")
 SCRIPT = os.path.join(HERE, "cliproxy.py")
@@ -845,6 +849,13 @@ FROM_CACHE = {"PYTHONPATH": HERE, "PYTHONPYCACHEPREFIX": COMPILED}
 CLIS = ("claude", "gemini", "codex", "qwen")
 BUILTIN_NAMES = (*CLIS, "echo")
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+PDF = base64.b64encode(b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj 2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj "
+                       b"3 0 obj<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]>>endobj trailer<</Root 1 0 R>>\n%%EOF\n").decode()
+FILE = {"type": "file", "file": {"filename": "x.pdf", "file_data": "data:application/pdf;base64," + PDF}}
+MEDIA = {       # one of each type that is taken, each a good one
+    "image/png": PIXEL, "image/webp": "UklGRhoAAABXRUJQVlA4TA4AAAAvAAAAAAcQEf0PRET/Aw==", "image/gif": "R0lGODdhAQABAIAAAAAAAAAAACwAAAAAAQABAAAIBAABBAQAOw==",
+    "image/jpeg": "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAP" + 86 * "/" + "wAALCAABAAEBAREA/8QAFAABAAAAAAAAAAAAAAAAAAAAA//EABQQAQAAAAAAAAAA"
+                  "AAAAAAAAAAD/2gAIAQEAAD8AN//Z", "application/pdf": PDF}
 LIMIT = 20.0            # seconds until a wait for something that must happen is a failure
 HANG = 90               # seconds until a test is told to hang
 SHARED = set()          # pids of the proxies that serve more than one test
@@ -1254,7 +1265,7 @@ VARIANTS = {
 
 
 ROUTES = ("two=claude,gemini", "json=gemini,codex", "three=claude/opus, gemini/flash, codex", "hedged=claude-hedged,gemini,codex", "patient=claude-patient,gemini,codex", "silent=claude-failover,gemini", "pictures=claude-text,echo,gemini",
-          "narrow=claude-single,gemini", "hasty=claude-total,gemini")
+          "narrow=claude-single,gemini", "hasty=claude-total,gemini", "papers=codex,echo,gemini")
 
 
 class Shared:
@@ -2471,6 +2482,25 @@ def test_responses_items():
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "A cat."}]},
         {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be kind."}]},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "And "}, {"type": "input_text", "text": "now?"}]}]
+
+
+def test_a_file_has_its_place_in_every_wire_format():
+    papers = [Message("user", (TextPart("Read"), FilePart("application/pdf", PDF, "x.pdf"), FilePart("application/pdf", PDF)))]
+    source, url = {"type": "base64", "media_type": "application/pdf", "data": PDF}, "data:application/pdf;base64," + PDF
+    assert cliproxy.anthropic_messages(papers)[0]["content"][1:] == [{"type": "document", "source": source, "title": "x.pdf"},
+                                                                     {"type": "document", "source": source}]
+    assert cliproxy.gemini_contents(papers)[0]["content"][1:] == [{"inlineData": {"mimeType": "application/pdf", "data": PDF}}] * 2
+    assert cliproxy.openai_messages(papers)[0]["content"][1:] == [{"type": "file", "file": {"filename": name, "file_data": url}}
+                                                                  for name in ("x.pdf", "file.pdf")]
+    assert cliproxy.responses_items(papers)[0]["content"][1:] == [{"type": "input_file", "filename": name, "file_data": url} for name in ("x.pdf", "file.pdf")]
+    assert cliproxy.transcript(papers) == "Read"
+
+
+def test_a_message_that_is_nothing_but_a_file_goes_out():
+    alone = [Message("user", (FilePart("application/pdf", PDF),))]
+    assert [b["type"] for b in cliproxy.anthropic_messages(alone)[0]["content"]] == ["document"]
+    assert [len(wire(alone)[0]["content"]) for wire in (cliproxy.gemini_contents, cliproxy.openai_messages, cliproxy.responses_items)] == [1, 1, 1]
+    assert cliproxy.transcript(alone) == "<user>\n\n</user>\n\n<assistant>\n"
 
 
 def test_a_lone_user_message_is_its_own_transcript_byte_for_byte():
@@ -5718,6 +5748,30 @@ def test_a_step_that_cannot_carry_the_request_is_passed_over(proxy):
     answered = proxy.ask("pictures", picture)
     assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-tried"] == "claude-text/default=invalid_value, echo/echo=invalid_value, gemini/gemini-2.5-pro=ok"
     assert proxy.runs("claude-text") == 0
+    answered = proxy.ask("papers", [{"role": "user", "content": [FILE, {"type": "text", "text": "What?"}]}])
+    assert answered.headers["x-cliproxy-tried"] == "codex/gpt-5.5=invalid_value, echo/echo=invalid_value, gemini/gemini-2.5-pro=ok"
+    assert answered.text == "".join(HELLO) and proxy.runs("codex") == 0
+
+
+PICTURE, PAPER = {"images": True}, {"documents": ["application/pdf"]}
+
+
+@pytest.mark.parametrize("rows, mimes, fit, words", [
+    ([PICTURE, PAPER, {**PICTURE, **PAPER}], ["image/png", "application/pdf"], [2], None), ([PICTURE, PAPER], ["image/gif"], [0], None),
+    ([PICTURE, {}, PAPER], ["application/pdf"], [2], None), ([PICTURE, {}], [], [0, 1], None),
+    ([PICTURE, {}], ["image/png", "application/pdf"], [], "files of type application/pdf"), ([PAPER], ["image/png", "application/pdf"], [], "images"),
+    ([PICTURE, PAPER], ["image/png", "application/pdf"], [], "files of type application/pdf")])
+def test_a_strategy_is_chosen_by_all_types_that_a_request_holds(router, rows, mimes, fit, words):
+    text = next(s for s in PROVIDERS["claude"].strategies if s.driver == "text")
+    strategies = [dataclasses.replace(text, row=row) for row in rows]
+    parts = tuple((ImagePart if mime.startswith("image/") else FilePart)(mime, MEDIA[mime]) for mime in mimes)
+    turn = types.SimpleNamespace(provider=types.SimpleNamespace(name="p", strategies=strategies), request=Request("m", (Message("user", parts),), {}))
+    if words is None:
+        assert [strategies.index(s) for s in router._fitting(turn, "")] == fit
+        return
+    with pytest.raises(cliproxy.Unfit) as e:
+        router._fitting(turn, "")
+    assert e.value.message.startswith(f"p cannot take {words}: its CLI has no way in") and e.value.next_provider and e.value.param == "messages"
 
 
 def test_who_has_logged_in_since_start_up_is_asked_in_turn_again(serve):
@@ -6835,10 +6889,12 @@ def test_ten_times_the_window_takes_a_chain_of_requests_each_with_the_summary_so
 
 @pytest.mark.parametrize("text", ["a" * 300000, "鷹" * 90000, "😀é" * 50000], ids=["ascii", "kanji", "emoji"])
 def test_a_very_long_turn_is_cut_between_characters_and_nothing_of_it_is_lost(text):
-    messages = [asks("read this"), answers("go on"), spoken("user", text, ImagePart("image/png", "AAAA")), answers("read"), asks("and?")]
+    shown = ImagePart("image/png", "AAAA"), FilePart("application/pdf", PDF, "x.pdf"), FilePart("application/pdf", PDF)
+    messages = [asks("read this"), answers("go on"), spoken("user", text, *shown), answers("read"), asks("and?")]
     plan = cliproxy.plan_checkpoint(messages, 20000)
     pieces = cliproxy.summary_pieces(plan)
-    assert "".join(pieces) == f"<assistant>\ngo on\n</assistant>\n\n<user>\n{text}[an image, image/png]\n</user>\n\n<assistant>\nread\n</assistant>\n\n"
+    noted = f"{text}[an image, image/png][a file, x.pdf][a file, application/pdf]"
+    assert "".join(pieces) == f"<assistant>\ngo on\n</assistant>\n\n<user>\n{noted}\n</user>\n\n<assistant>\nread\n</assistant>\n\n"
     assert all(cliproxy.estimate_tokens(p) <= plan.part for p in pieces) and text in "".join(pieces) and len(pieces) > 1
 
 
@@ -6951,6 +7007,8 @@ def test_an_image_counts_by_itself_and_not_by_its_bytes():
     assert cliproxy.count_tokens([spoken("user", "four", ImagePart("image/png", "A" * 999999))]) == 4 + 1 + cliproxy.IMAGE_TOKENS
     assert cliproxy.count_tokens([calls("1"), tool_said("1", "seen")]) == 4 + cliproxy.estimate_tokens('look{"at": "1"}') + 4 + 1
     assert cliproxy.count_tokens(()) == 0
+    for size, pages in ((4000, 1), (400000, 7)):            # a PDF by its pages, which are guessed
+        assert cliproxy.count_tokens([Message("user", (FilePart("application/pdf", "A" * size),))]) == 4 + 2000 * pages
 
 
 def test_a_summary_that_is_too_long_is_cut_and_an_empty_one_is_an_error():
@@ -6978,10 +7036,10 @@ def in_session(proxy, name, text, key="", **body):
     return proxy.ask("claude", text, headers={"X-Session-Id": name, **({"Authorization": "Bearer " + key} if key else {})}, **body)
 
 
-PARTS = (TextPart("é"), ImagePart("image/png", PIXEL), CallPart("1", "look", "{}"), ResultPart("1", "look", "seen"))
+PARTS = (FilePart("application/pdf", PDF, "x.pdf"), TextPart("é"), ImagePart("image/png", PIXEL), CallPart("1", "look", "{}"), ResultPart("1", "look", "seen"))
 
 
-@pytest.mark.parametrize("message", [Message("user", PARTS[:2], "ann"), Message("assistant", PARTS[2:3]), Message("tool", PARTS[3:]), Message("system", ())])
+@pytest.mark.parametrize("message", [Message("user", PARTS[:3], "ann"), Message("assistant", PARTS[3:4]), Message("tool", PARTS[4:]), Message("system", ())])
 def test_a_message_is_kept_as_json(message):
     assert cliproxy.message_of(json.loads(json.dumps(cliproxy.message_row(message)))) == message
 
@@ -7020,6 +7078,15 @@ def test_a_session_goes_on_with_only_the_new_turn(staying):
     assert proxy.request("DELETE", "/v1/sessions/mine").error == proxy.request("GET", "/v1/sessions/mine").error == (404, "invalid_request_error", "session_not_found", None)
     in_session(proxy, "mine", "four")
     assert conversation(asked(proxy, "claude", 3)) == [("user", "four")]
+
+
+def test_a_session_keeps_a_file_for_its_next_turns(proxy):
+    proxy.play("claude", reveal=True)
+    for number, content in enumerate(([{"type": "text", "text": "Read"}, FILE], "Again")):
+        assert in_session(proxy, "papers", [{"role": "user", "content": content}]).status == 200
+        given = proxy.given("claude", number)
+        assert PDF in given["stdin"] + "".join(given["files"].values()), number
+    assert proxy.request("GET", "/v1/sessions/papers").json["messages"][0]["content"] == [{"type": "text", "text": "Read"}, FILE]
 
 
 def test_a_session_goes_on_after_a_restart_with_another_model_and_by_another_provider(serve):
@@ -7198,13 +7265,21 @@ HI = [{"role": "user", "content": "Hi"}]
 IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}", "detail": "low"}}
 
 
+def image_at(url):
+    return {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+
+
+def data_of(mime, declared=None):
+    return f"data:{mime if declared is None else declared};base64,{MEDIA[mime]}"
+
+
 @pytest.mark.parametrize("message, parsed", [
     ({"role": "user", "content": "Hi"}, user("Hi")), ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]}, user("a", "b")),
     ({"role": "user", "content": ["a", "b"]}, user("a", "b")), ({"role": "user", "content": [{"type": "input_text", "text": "a"}]}, user("a")), ({"role": "user", "content": []}, user()),
     ({"role": "user", "content": None}, user()), ({"role": "user"}, user()), ({"role": "user", "content": ""}, user()), ({"role": "user", "content": "a\ud800b"}, user("a\ufffdb")),
     ({"role": "user", "content": "  \n"}, user("  \n")), ({"role": "user", "content": "Hi", "name": "bob", "unknown": 1}, Message("user", (TextPart("Hi"),), "bob")),
     ({"role": "user", "content": [IMAGE, {"type": "text", "text": "?"}]}, Message("user", (ImagePart("image/png", PIXEL), TextPart("?")))),
-    ({"role": "user", "content": [{"type": "input_image", "image_url": f"data:image/jpg;base64,{PIXEL}"}]}, Message("user", (ImagePart("image/jpeg", PIXEL),))),
+    ({"role": "user", "content": [{"type": "input_image", "image_url": f"data:image/jpg;base64,{PIXEL}"}]}, Message("user", (ImagePart("image/png", PIXEL),))),
     ({"role": "system", "content": "S"}, Message("system", (TextPart("S"),))), ({"role": "developer", "content": [{"type": "text", "text": "S"}]}, Message("system", (TextPart("S"),))),
     ({"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}]}, Message("assistant", (CallPart("c1", "f", '{"a":1}'),))),
     ({"role": "assistant", "content": "x", "tool_calls": []}, Message("assistant", (TextPart("x"),))), ({"role": "assistant", "refusal": "no", "content": [{"type": "refusal", "refusal": "no"}]},
@@ -7260,9 +7335,11 @@ BAD = [     # what is wrong with the body: (body, or fields laid over a good one
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "invalid_type", "`messages[0].content[0].text` must be a string"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "messages[0].content[0].type", "unsupported_value", '`messages[0].content[0].type` "input_audio" is not supported'),
     ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content[0].type", "unsupported_value", "`messages[0].content[0].type` null is not supported"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}]}, "messages[0].content[0].image_url", "invalid_image_url", "`messages[0].content[0].image_url` must be a data: URL in base64"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///x/y.png"}}]}]}, "messages[0].content[0].image_url",
+     "invalid_image_url", "`messages[0].content[0].image_url` must be a data: URL in base64"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url", "invalid_image_url", "`messages[0].content[0].image_url` must be a data: URL"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:image/svg+xml;base64,AAAA"}]}]}, "messages[0].content[0].image_url", "invalid_image_format", "`messages[0].content[0].image_url` is of type image/svg+xml"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:image/svg+xml;base64,AAAA"}]}]}, "messages[0].content[0].image_url",
+     "invalid_image_format", "`messages[0].content[0].image_url` holds nothing that can be taken: its bytes are those of no png, jpeg, webp, gif or pdf"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:image/png;base64,!"}]}]}, "messages[0].content[0].image_url", "invalid_base64", "`messages[0].content[0].image_url` is not valid base64"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, *HI]}, "messages[0].tool_calls[0]", "invalid_value", "`messages[0].tool_calls[0].function` must have a name, and arguments as a string"),
     ({"messages": [{"role": "assistant", "tool_calls": [5]}, *HI]}, "messages[0].tool_calls[0]", "invalid_value", "`messages[0].tool_calls[0].function` must have"),
@@ -7292,18 +7369,19 @@ def test_a_refused_body_is_an_error_object(proxy):
 
 
 @pytest.mark.parametrize("name, where", [("claude", "stdin"), ("gemini", "history.jsonl"), ("codex", "home/sessions"), ("qwen", "settings.json")])
-def test_an_image_reaches_a_cli_that_can_take_it(proxy, name, where):
+def test_an_image_and_a_file_reach_a_cli_that_can_take_them(proxy, name, where):
     proxy.play(name, reveal=True)
-    assert proxy.ask(name, [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What is it?"}]}]).status == 200
-    given = proxy.given(name)
-    assert PIXEL in (given["stdin"] if where == "stdin" else "".join(text for path, text in given["files"].items() if path.startswith(where)))
+    for number, (part, data) in enumerate([(IMAGE, PIXEL), (FILE, PDF)][:1 if name == "codex" else 2]):
+        assert proxy.ask(name, [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}]).status == 200
+        given = proxy.given(name, number)
+        assert data in (given["stdin"] if where == "stdin" else "".join(text for path, text in given["files"].items() if path.startswith(where)))
 
 
-@pytest.mark.parametrize("name", ["echo", "claude-text"])
-def test_an_image_for_a_cli_that_cannot_take_it_is_refused_in_words(proxy, name):
-    answered = proxy.ask(name, [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, IMAGE]}])
-    assert answered.error == (400, "invalid_request_error", "invalid_value", "messages")
-    assert answered.message == f"{name} cannot take images: its CLI has no way in for them here. Send text only, or use another model"
+@pytest.mark.parametrize("name, part, what", [("echo", IMAGE, "images"), ("claude-text", IMAGE, "images"), ("codex", FILE, "files of type application/pdf")])
+def test_an_image_or_a_file_for_a_cli_that_cannot_take_it_is_refused_in_words(proxy, name, part, what):
+    answered = proxy.ask(name, [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, part]}])
+    assert answered.error == (400, "invalid_request_error", "invalid_value", "messages") and proxy.runs(name) == 0
+    assert answered.message == f"{name} cannot take {what}: its CLI has no way in for them here. Send text only, or use another model"
 
 
 def test_echo_says_the_last_words_back(proxy):
@@ -7327,6 +7405,342 @@ def test_characters_that_were_cut_in_two_by_the_cli_are_whole_for_the_client(pro
     half = data.index(b"ok") + 1
     proxy.play("claude", ["bytes", data[:half].hex()], ["bytes", data[half:].hex()])
     assert said(proxy.ask("claude", stream=True).frames) == [("😀 ok", "", "stop")]
+
+
+@pytest.mark.parametrize("mime", MEDIA)
+def test_a_type_is_known_by_the_bytes(mime):
+    data = base64.b64decode(MEDIA[mime])
+    assert cliproxy.media_type(data) == mime and all(cliproxy.media_type(data[:n]) is None for n in range(3))
+    assert cliproxy.media_type(b"x" + data) == (mime if mime == "application/pdf" else None)            # Acrobat takes that too
+    assert cliproxy.media_type(b" " * 1024 + data) is cliproxy.media_type(b"RIFF\x04\0\0\0WAVEfmt ") is cliproxy.media_type(b"<svg") is None
+
+
+AT = "messages[0].content[0]"
+
+
+@pytest.mark.parametrize("part, made", [
+    (IMAGE, ImagePart("image/png", PIXEL)), ({"type": "image_url", "image_url": data_of("image/webp")}, ImagePart("image/webp", MEDIA["image/webp"])),
+    ({"type": "input_image", "image_url": data_of("image/gif")}, ImagePart("image/gif", MEDIA["image/gif"])),
+    (image_at(data_of("image/png", "")), ImagePart("image/png", PIXEL)),
+    (image_at("DATA:image/png;charset=x;BASE64," + MEDIA["image/jpeg"]), ImagePart("image/jpeg", MEDIA["image/jpeg"])),
+    (image_at(data_of("application/pdf", "image/png")), FilePart("application/pdf", PDF)),
+    (FILE, FilePart("application/pdf", PDF, "x.pdf")), ({"type": "file", "file": {"file_data": PDF, "filename": "y"}}, FilePart("application/pdf", PDF, "y")),
+    ({"type": "file", "file": {"file_data": data_of("image/png"), "filename": 5}}, ImagePart("image/png", PIXEL)),
+    ({"type": "input_file", "filename": "a\ud800" + "x" * 300, "file_data": data_of("application/pdf", "text/plain")},
+     FilePart("application/pdf", PDF, "a\ufffd" + "x" * 198)),
+    ({"type": "input_file", "file_url": "HTTPS://h/x.pdf", "filename": "x.pdf"}, LinkPart("HTTPS://h/x.pdf", AT + ".file_url", "x.pdf")),
+    (image_at("http://h/x"), LinkPart("http://h/x", AT + ".image_url"))])
+def test_an_image_or_a_file_is_what_its_bytes_are(part, made):
+    assert PARSE({"model": "m", "messages": [{"role": "user", "content": [part]}]}, "").messages == (Message("user", (made,)),)
+
+
+@pytest.mark.parametrize("part, field, code, words", [
+    (image_at(PIXEL), ".image_url", "invalid_image_url", "must be a data: URL in base64: found "),
+    (image_at("data:image/png," + PIXEL), ".image_url", "invalid_image_url", "must be a data: URL in base64"),
+    (image_at("data:image/svg+xml;base64,PHN2Zz4="), ".image_url", "invalid_image_format",
+     "holds nothing that can be taken: its bytes are those of no png, jpeg, webp, gif or pdf, and it was declared as image/svg+xml"),
+    (image_at("data:image/png;base64,é"), ".image_url", "invalid_base64", "is not valid base64"),
+    ({"type": "file", "file": {"file_data": "data:text/plain;base64,aGk=", "filename": "a.txt"}}, ".file.file_data", "unsupported_file",
+     "holds nothing that can be taken"),
+    ({"type": "file", "file": {"filename": "a.pdf"}}, ".file.file_data", "invalid_file_data", "must be a data: URL in base64: found null"),
+    ({"type": "file", "file": {"file_data": ""}}, ".file.file_data", "invalid_file_data", "must be a data: URL"),
+    ({"type": "file"}, ".file", "invalid_type", "must be an object with file_data"),
+    ({"type": "file", "file": {"file_id": "file-1"}}, ".file.file_id", "unsupported_value", "names no file here"),
+    ({"type": "input_file", "file_id": "file-1"}, ".file_id", "unsupported_value", "names no file here"),
+    ({"type": "input_image", "file_id": "file-1"}, ".file_id", "unsupported_value", "names no file here")])
+def test_an_image_or_a_file_that_cannot_be_taken_is_refused_by_name(part, field, code, words):
+    with pytest.raises(cliproxy.BadRequest) as e:
+        PARSE({"model": "m", "messages": [{"role": "user", "content": [part]}]}, "")
+    assert (e.value.param, e.value.code) == (AT + field, code) and e.value.message.startswith(f"`{AT}{field}` {words}") and len(e.value.message) < 400
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
+@pytest.mark.parametrize("part", [IMAGE, FILE, image_at("http://h/x")], ids=["image", "file", "link"])
+def test_only_users_and_tools_show_images_and_files(role, part):
+    with pytest.raises(cliproxy.BadRequest) as e:
+        PARSE({"model": "m", "messages": [{"role": role, "content": [part]}, *HI]}, "")
+    assert e.value.param == "messages[0].content" and f"a message of role {role} is text only" in e.value.message
+
+
+def test_what_tools_show_comes_after_all_results_of_their_turn():
+    rows = [*HI, {"role": "assistant", "tool_calls": [{"id": i, "function": {"name": "look", "arguments": "{}"}} for i in "ab"]},
+            {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "seen"}, IMAGE]},
+            {"role": "tool", "tool_call_id": "b", "content": "nothing"}]
+    whole = (user("Hi"), Message("assistant", (CallPart("a", "look", "{}"), CallPart("b", "look", "{}"))), Message("tool", (ResultPart("a", "", "seen"),)),
+             Message("tool", (ResultPart("b", "", "nothing"),)),
+             Message("user", (ImagePart("image/png", PIXEL), TextPart("[shown by the tool call a]"))))
+    assert PARSE({"model": "m", "messages": rows}, "").messages == whole
+    assert PARSE({"model": "m", "messages": [*rows, *HI]}, "").messages == (*whole, user("Hi"))
+    assert [b["type"] for b in cliproxy.anthropic_messages(whole)[-1]["content"]] == ["tool_result", "tool_result", "image", "text"]
+
+
+# === Fetching ========================================================================================================
+
+HIDDEN = """127.0.0.1 10.0.0.1 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 100.100.100.200 0.0.0.0 224.0.0.1 255.255.255.255 240.0.0.1 192.0.2.1
+198.18.0.1 168.63.129.16 ::1 :: fe80::1 fec0::1 fd00:ec2::254 ff02::1 ff0e::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 2002:7f00:1:: 2002:a00:1::1
+64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::1 2001::1 2001:db8::1 100::1 4000::1""".split()
+OPEN = "8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1".split()
+
+
+@pytest.mark.parametrize("address, public", [*((a, False) for a in HIDDEN), *((a, True) for a in OPEN)])
+def test_an_address_of_the_internet_is_told_from_all_others(address, public):
+    assert cliproxy.is_public(ipaddress.ip_address(address)) is public
+
+
+@pytest.fixture
+def site():
+    """site(*answers) -> the port of a server that gives each connection the next of them, bytes or pieces with seconds between; its requests are in .asked."""
+    with contextlib.ExitStack() as stack:
+        def start(*answers, context=None):
+            listener, over = stack.enter_context(socket.create_server(("127.0.0.1", 0))), threading.Event()
+
+            def connections():
+                for reply in answers:
+                    with contextlib.suppress(OSError), listener.accept()[0] as accepted:
+                        if over.is_set():
+                            return
+                        with context.wrap_socket(accepted, server_side=True) if context else accepted as connection:
+                            answer(connection, reply)
+
+            def answer(connection, reply):
+                if reply is not SILENCE:
+                    with connection.makefile("rb") as f:
+                        start.asked.append(b"".join(itertools.takewhile(bytes.strip, f)).decode("latin-1"))
+                for piece in [reply] if isinstance(reply, bytes) else reply:
+                    over.wait(piece) if isinstance(piece, float) else connection.sendall(piece)
+            thread, port = threading.Thread(target=connections), listener.getsockname()[1]
+            thread.start()
+
+            def stop():
+                over.set()
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):       # ends accept()
+                    pass
+                thread.join(LIMIT)
+            stack.callback(stop)
+            return port
+        start.asked = []
+        yield start
+
+
+@pytest.fixture
+def hosts(monkeypatch):
+    """A dict of host names and their addresses for the resolver; what was looked up among them is in .asked."""
+    class Hosts(dict):
+        asked = []
+    table, real = Hosts(), socket.getaddrinfo
+
+    def look(host, port, *args, **kw):
+        if host not in table:
+            return real(host, port, *args, **kw)
+        Hosts.asked.append(host)
+        return [(socket.AF_INET6 if ":" in a else socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in table[host]]
+    monkeypatch.setattr(cliproxy.socket, "getaddrinfo", look)
+    return table
+
+
+SILENCE = [5.0]
+PICTURE_BYTES = base64.b64decode(PIXEL)
+
+
+def http_answer(body, head="", status="200 OK"):
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{head}\r\n".encode() + body
+
+
+def fetch(port, path="/a", seconds=LIMIT, most=1000, allowed=lambda address: True, host="127.0.0.1", scheme="http"):
+    return cliproxy.fetched(f"{scheme}://{host}:{port}{path}", AT, most, time.monotonic() + seconds, allowed)
+
+
+def why_not(*args, **kw):
+    """Why it could not be fetched. That the URL, which may hold a secret, is not in the message is checked."""
+    with pytest.raises(cliproxy.BadRequest) as e:
+        fetch(*args, **kw)
+    assert (e.value.param, e.value.code, e.value.what) == (AT, "invalid_image_url", f"`{AT}` could not be fetched") and "://" not in e.value.message
+    return e.value.why
+
+
+@pytest.mark.parametrize("mime", MEDIA)
+def test_what_is_fetched_is_what_its_bytes_are(site, mime):
+    data = base64.b64decode(MEDIA[mime])
+    port = site(http_answer(data, "Content-Type: text/html\r\nSet-Cookie: a=b\r\n"))
+    assert fetch(port, "/a b/\u00e9?q=%20x&y=1#part") == (mime, data)
+    line, *fields = site.asked[0].rstrip().split("\r\n")
+    assert line == "GET /a%20b/%C3%A9?q=%20x&y=1 HTTP/1.1" and sorted(fields) == [
+        "Accept-Encoding: identity", "Accept: image/*, application/pdf", "Connection: close", f"Host: 127.0.0.1:{port}",
+        "User-Agent: cliproxy/" + cliproxy.VERSION]
+
+
+def test_a_chunked_body_is_put_together(site):
+    assert fetch(site([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n%PDF\r\n", b"2\r\n-1\r\n0\r\n\r\n"])) == ("application/pdf", b"%PDF-1")
+
+
+TOO_MUCH = "it has more than the 1000 bytes that are taken"
+
+
+@pytest.mark.parametrize("reply, words", [
+    (http_answer(b"<html>"), "what is there is no png, jpeg, webp, gif or pdf"), (http_answer(b""), "what is there is no png"),
+    (http_answer(PICTURE_BYTES, status="404 Not Found"), "its server answered with status 404"),
+    (http_answer(PICTURE_BYTES, status="206 Partial Content"), "its server answered with status 206"),
+    (http_answer(b"", status="302 Found"), "its server answered with status 302"),
+    (http_answer(PICTURE_BYTES, "Content-Encoding: gzip\r\n"), "its server sent it compressed, unasked"), (http_answer(PICTURE_BYTES + b"x" * 1000), TOO_MUCH),
+    (http_answer(PICTURE_BYTES)[:-2], "it broke off"),
+    (itertools.chain([b"HTTP/1.1 200 OK\r\n\r\n"], itertools.repeat(b"x" * 65536)), TOO_MUCH),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n7d0\r\n" + b"x" * 2000 + b"\r\n0\r\n\r\n", TOO_MUCH),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nx", "its server does not speak HTTP, or broke off"),
+    (b"SSH-2.0-OpenSSH\r\n", "its server does not speak HTTP, or broke off"),
+    (b"", "its server does not speak HTTP, or broke off"),
+    (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n", "its server does not speak HTTP, or broke off")])
+def test_what_is_no_image_is_refused_with_the_reason(site, reply, words):
+    assert why_not(site(reply)).startswith(words)
+
+
+@pytest.mark.parametrize("scheme, reply", [
+    ("http", [b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n", *[b"x", 0.02] * 90]), ("http", [b"HTTP/1.1 200 OK\r\n", *[b"a: b\r\n", 0.02] * 90]),
+    ("http", [b"H", 0.02] * 90), ("http", SILENCE), ("https", SILENCE)],
+    ids=["body", "headers", "status", "silence", "handshake"])
+def test_a_server_that_drips_has_no_more_time_than_one_that_is_silent(site, scheme, reply):
+    assert why_not(site(reply), seconds=0.2, scheme=scheme) == "it took too long"
+
+
+def test_a_resolver_that_hangs_has_no_more_time(monkeypatch):
+    free = threading.Event()
+    monkeypatch.setattr(cliproxy.socket, "getaddrinfo", lambda *a, **kw: free.wait(LIMIT) and [])
+    try:
+        assert why_not(80, host="slow.example", seconds=0.1) == "it took too long"
+    finally:
+        free.set()
+
+
+def test_a_host_is_looked_up_once_and_connected_to_where_that_led(site, hosts):
+    hosts["pic.example"], port, checked = ["127.0.0.1"], site(http_answer(PICTURE_BYTES)), []
+    assert fetch(port, host="pic.example", allowed=lambda a: checked.append(str(a)) or True)[0] == "image/png"
+    assert hosts.asked == ["pic.example"] and checked == ["127.0.0.1"] and f"Host: pic.example:{port}\r\n" in site.asked[0]
+
+
+@pytest.mark.parametrize("host, addresses", [
+    ("two.example", ["8.8.8.8", "127.0.0.1"]), ("two.example", ["127.0.0.1", "8.8.8.8"]), ("scoped.example", ["fe80::1%lo"]), ("127.0.0.1", None),
+    ("2130706433", None), ("0x7f.1", None), ("localhost", None),
+    ("[::1]", None), ("[::ffff:127.0.0.1]", None), ("0", None)])
+def test_no_connection_is_made_when_one_address_is_not_public(hosts, monkeypatch, host, addresses):
+    hosts.update({host: addresses} if addresses else {})
+    monkeypatch.setattr(cliproxy.socket, "create_connection", lambda *a: pytest.fail("it connected"))
+    assert why_not(80, host=host, allowed=cliproxy.is_public) == "its host has an address that is not public"
+
+
+def test_the_next_address_is_tried_when_one_does_not_answer(site, hosts):
+    hosts["two.example"] = ["127.0.0.2", "127.0.0.1"]
+    assert fetch(site(http_answer(PICTURE_BYTES)), host="two.example")[0] == "image/png"
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    assert why_not(port, host="two.example") == "Connection refused"
+
+
+def test_a_redirect_is_followed_to_the_end_but_not_for_ever(site):
+    last = site(http_answer(PICTURE_BYTES))
+    port = site(http_answer(b"", "Location: b?c\r\n", "302 Found"), http_answer(b"", f"Location: //127.0.0.1:{last}/d\r\n", "308 Permanent Redirect"))
+    assert fetch(port, "/x/a")[0] == "image/png" and [a.split(" ")[1] for a in site.asked] == ["/x/a", "/x/b?c", "/d"]
+    hop = http_answer(b"", "Location: /again\r\n", "301 Moved")
+    assert fetch(site(hop, hop, hop, http_answer(PICTURE_BYTES)))[0] == "image/png"
+    assert why_not(site(hop, hop, hop, hop, http_answer(PICTURE_BYTES))) == "it is redirected more than 3 times"
+
+
+@pytest.mark.parametrize("to, words", [
+    *((url, "it is not an http(s) URL, or has a user name in it, or over 8000 characters")
+      for url in ("file:///etc/passwd", "ftp://127.0.0.1/x", "http://a:b@127.0.0.1/", "http://127.0.0.1/" + "a" * 8000)),
+    ("http://[::1]:9/", "its host has an address that is not public")])
+def test_where_a_redirect_leads_is_looked_at_like_the_url_itself(site, to, words):
+    allowed = []
+    assert why_not(site(http_answer(b"", f"Location: {to}\r\n", "302 Found")), allowed=lambda a: allowed.append(str(a)) or a.version == 4) == words
+    assert allowed == ["127.0.0.1", *(["::1"] if "[" in to else [])]
+
+
+@pytest.mark.parametrize("url", ["http://", "http:///x", "http://u:p@127.0.0.1/", "http://127.0.0.1:99999/", "http://[::1/", "http://127.0.0.1/" + "a" * 8000,
+                                 "http://127.0.0.1\x00/", "http://" + "a" * 80 + ".example/"])
+def test_a_url_that_is_none_is_refused(url, monkeypatch):
+    monkeypatch.setattr(cliproxy.socket, "create_connection", lambda *a: pytest.fail("it connected"))
+    with pytest.raises(cliproxy.BadRequest) as e:
+        cliproxy.fetched(url, AT, 1000, time.monotonic() + LIMIT, lambda address: True)
+    assert e.value.param == AT
+
+
+def test_a_port_that_goes_without_saying_is_not_in_the_host_header_and_no_proxy_of_the_environment_is_asked(site, hosts, monkeypatch):
+    hosts["pic.example"], port, connect = ["127.0.0.1"], site(http_answer(PICTURE_BYTES)), socket.create_connection
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(cliproxy.socket, "create_connection", lambda address, seconds: connect((address[0], {80: port}[address[1]]), seconds))
+    assert cliproxy.fetched("http://pic.example/", AT, 1000, time.monotonic() + LIMIT, lambda address: True)[0] == "image/png"
+    assert "Host: pic.example\r\n" in site.asked[0]
+
+
+def test_tls_is_checked_against_the_host_of_the_url(request, site, hosts, tmp_path, monkeypatch):
+    need(request, "openssl")
+    ssl = pytest.importorskip("ssl")
+    key, cert = tmp_path / "key", tmp_path / "cert"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out", cert,
+                    "-days", "2", "-subj", "/CN=pic.example", "-addext", "subjectAltName=DNS:pic.example"], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    hosts.update(dict.fromkeys(["pic.example", "other.example"], ["127.0.0.1"]))
+    port = site(*[http_answer(PICTURE_BYTES)] * 3, context=context)
+    assert "self" in why_not(port, host="pic.example", scheme="https")         # self-signed, self signed
+    monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+    assert fetch(port, host="pic.example", scheme="https") == ("image/png", PICTURE_BYTES)
+    assert "other.example" in why_not(port, host="other.example", scheme="https")
+
+
+def linking(*urls):
+    return Request("m", tuple(Message("user", (TextPart("a"), LinkPart(u, f"messages[{i}].x", f"{i}.pdf"), TextPart("b"))) for i, u in enumerate(urls)), {})
+
+
+def fails(*_):
+    pytest.fail("it fetched")
+
+
+def test_what_is_fetched_stands_where_the_link_stood_and_each_url_is_fetched_once():
+    asked, png = [], ImagePart("image/png", "UA==")
+    made = cliproxy.with_fetched(linking("a", "b", "a"), lambda *a: asked.append(a) or (("image/png", b"P") if a[0] == "a" else ("application/pdf", b"D")))
+    assert [m.parts for m in made.messages] == [(TextPart("a"), part, TextPart("b")) for part in (png, FilePart("application/pdf", "RA==", "1.pdf"), png)]
+    assert sorted(asked) == [("a", "messages[0].x"), ("b", "messages[1].x")]
+    assert cliproxy.with_fetched(made, fails) is made and cliproxy.with_fetched(made, None) is made
+
+
+def test_links_that_are_not_to_be_fetched_too_many_or_too_large_are_refused():
+    with pytest.raises(cliproxy.BadRequest, match="at most 20 are fetched"):
+        cliproxy.with_fetched(linking(*map(str, range(21))), fails)
+    for most in (159, 160):
+        with pytest.raises(cliproxy.TooLarge) if most == 159 else contextlib.nullcontext():
+            cliproxy.with_fetched(linking("a", "b"), lambda *a: ("image/png", b"x" * 60), most)
+
+
+def test_four_are_fetched_at_a_time():
+    gate, running = threading.Barrier(4, timeout=LIMIT), []
+
+    def get(url, path):
+        gate.wait()
+        running.append(sum(t.name.startswith("fetch") for t in threading.enumerate()))
+        return "image/png", b"P"
+    cliproxy.with_fetched(linking(*map(str, range(8))), get)
+    assert set(running) == {4}
+
+
+@pytest.mark.parametrize("most, error, param", [(1000, cliproxy.BadRequest, "messages[0].x"), (100, cliproxy.TooLarge, None)])
+def test_nothing_more_is_asked_for_when_one_has_failed_or_there_is_too_much(monkeypatch, most, error, param):
+    asked, over = [], threading.Event()
+
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def shutdown(self, *args, **kw):
+            over.set()
+            super().shutdown(*args, **kw)
+    monkeypatch.setattr(concurrent.futures, "ThreadPoolExecutor", Pool)
+
+    def get(url, path):
+        asked.append(url)
+        if url != "0":
+            over.wait(LIMIT)
+        if url == "0" and most == 1000:
+            raise cliproxy.BadRequest("no", param=path)
+        return "image/png", b"x" * 200
+    with pytest.raises(error) as e:
+        cliproxy.with_fetched(linking(*map(str, range(20))), get, most)
+    assert e.value.param == param and len(asked) <= 5
 
 
 # === Server ==========================================================================================================
@@ -7669,6 +8083,49 @@ def test_a_strict_proxy_refuses_what_it_cannot_honour_and_wants_a_key(serve):
     assert [a.status for a in proxy.raw(head("Authorization: Bearer key-one", f"Content-Length: {(1 << 20) + 1}"))] == [413]
     eventually("the requests are in the log", lambda: proxy.lines(f"key={hashlib.sha256(b'key-one').hexdigest()[:8]}"))
     assert not re.search("key-one|key two|key-three|key-four|key-onE", proxy.log())
+
+
+class Code(str):
+    """For `tune`: an expression."""
+    __repr__ = str.__str__
+
+
+def test_a_url_of_an_image_is_refused_unless_it_is_allowed(proxy):
+    answered = proxy.ask("claude", [{"role": "user", "content": [{"type": "text", "text": "What?"}, image_at("http://h.example/SECRET")]}])
+    assert answered.error == (400, "invalid_request_error", "invalid_image_url", "messages[0].content[1].image_url") and proxy.runs("claude") == 0
+    eventually("it is logged", lambda: proxy.lines("error=invalid_image_url"))
+    assert "start cliproxy with --allow-image-urls" in answered.message and "SECRET" not in answered.message + proxy.log()
+
+
+def test_a_url_of_this_machine_is_refused_though_urls_are_allowed(serve, site):
+    proxy, port = serve(["--allow-image-urls"], clis=["claude"]), site(http_answer(PICTURE_BYTES))
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"127.0.0.1:{proxy.port}", "169.254.169.254"):
+        answered = proxy.ask("claude", [{"role": "user", "content": [image_at(f"http://{host}/SECRET")]}])
+        assert answered.error == (400, "invalid_request_error", "invalid_image_url", AT + ".image_url")
+        assert "its host has an address that is not public" in answered.message
+    assert site.asked == [] and proxy.runs("claude") == 0 and "SECRET" not in proxy.log()
+
+
+def test_images_and_files_that_are_named_by_url_reach_a_cli(serve, site):
+    proxy = serve(["--allow-image-urls", "--max-body-mb", "1"], clis=["claude", "codex"], scripts={"claude": {"reveal": True}},
+                  tune={"fetched.__defaults__": Code("(lambda address: True,)")})
+    paper, large = base64.b64decode(PDF), PICTURE_BYTES + bytes(600000)
+    port = site(*map(http_answer, (PICTURE_BYTES, paper, paper, large * 2, large, large)))
+    url = f"http://127.0.0.1:{port}/"
+    parts = [image_at(url + "png"), {"type": "text", "text": "What?"}, {"type": "file", "file": {"file_url": url + "pdf", "filename": "x.pdf"}}]
+    assert proxy.ask("claude", [{"role": "user", "content": parts[:2]}, {"role": "user", "content": parts[1:]}]).text == "".join(HELLO)
+    given = "".join(proxy.given("claude")["files"].values()) + proxy.given("claude")["stdin"]
+    assert PIXEL in given and PDF in given and "127.0.0.1:" not in given
+    assert proxy.ask("codex", [{"role": "user", "content": parts[1:]}]).message.startswith("codex cannot take files of type application/pdf: ")
+    answered = proxy.ask("claude", [{"role": "user", "content": [image_at(url + "large")]}])
+    assert answered.error[2:] == ("invalid_image_url", AT + ".image_url") and "it has more than the 1048576 bytes that are taken" in answered.message
+    answered = proxy.ask("claude", [{"role": "user", "content": [image_at(url + "1"), image_at(url + "2")]}])
+    assert answered.error == (413, "invalid_request_error", "request_too_large", None) and proxy.runs("claude") == 1
+
+
+def test_what_does_not_come_in_time_is_not_waited_for(serve, site):
+    proxy = serve(["--allow-image-urls"], clis=["claude"], tune={"fetched.__defaults__": Code("(lambda address: True,)"), "FETCH_SECONDS": 0.2})
+    assert "it took too long" in proxy.ask("claude", [{"role": "user", "content": [image_at(f"http://127.0.0.1:{site(SILENCE)}/")]}]).message
 
 
 def test_a_proxy_with_short_patience_ends_slow_clients_and_keeps_streams_alive(serve):
