@@ -8964,6 +8964,34 @@ def test_images_and_tool_calls_get_to_the_model_of_a_real_cli(name, driver, real
                                  ("tool", ("result", "c0", "a cat")), ("tool", ("result", "c1", "miaow")), ("user", "Well?")]
 
 
+def media_in(value):
+    """(type, base64) of every image and file anywhere in a request to a service, in order."""
+    if isinstance(value, str):
+        yield from re.findall("^data:([^,]*);base64,(.*)$", value)
+    elif isinstance(value, dict) and "data" in value:
+        yield value.get("media_type", value.get("mimeType")), value["data"]
+    else:
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from media_in(inner)
+
+
+@every_cli
+def test_images_and_files_get_to_the_model_of_a_real_cli_byte_for_byte(name, real, model):
+    taken = [mime for mime in MEDIA if name != "codex" or mime != "application/pdf"]
+    content = [{"type": "text", "text": "What are these?"}, *(FILE if mime == "application/pdf" else image_at(data_of(mime)) for mime in taken)]
+    answered = real.ask(name, [{"role": "user", "content": content}, {"role": "assistant", "content": "Pictures."}, {"role": "user", "content": content}])
+    assert answered.text == "".join(REPLY) and answered.headers["x-cliproxy-strategy"] in cliproxy.RESIDENT_DRIVERS
+    heard = [*media_in(model.asked[0][1])]
+    if name == "codex":                     # makes a PNG of a GIF's first frame
+        assert heard[taken.index("image/gif")][0] == "image/png"
+        heard = [("image/gif", MEDIA["image/gif"]) if i % len(taken) == taken.index("image/gif") else found for i, found in enumerate(heard)]
+    assert heard == [(mime, MEDIA[mime]) for mime in taken] * 2
+    if name == "codex":
+        answered = real.ask(name, [{"role": "user", "content": [FILE, {"type": "text", "text": "And this?"}]}])
+        assert answered.error == (400, "invalid_request_error", "invalid_value", "messages") and "files of type application/pdf" in answered.message
+    assert len(model.asked) == 1
+
+
 @every_way(without=BY_TEXT)
 def test_two_user_messages_in_a_row_get_to_the_model_of_a_real_cli(name, driver, real, model):
     roles = ["user", "user", "assistant", "user", "user"]
