@@ -1150,7 +1150,7 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "acp",
           "images": true, "documents": ["application/pdf"],
-          "tools": {"prefix": "mcp__c__", "longest": 63},
+          "tools": {"prefix": "mcp__c__", "longest": 63, "reserved": "__proto__"},
           "argv": ["--acp", "--extensions=none"],
           "resident": {"turns": 500, "live": 0},
           "more_events": [
