@@ -2501,6 +2501,8 @@ def wire_id(id: str) -> str:
 def wired(request: Request, rules: Mapping[str, Any]) -> Tuple[Request, Dict[str, str]]:
     """(the request with tools, calls and results named as the CLI's model knows them, {that name: the client's})."""
     limits, names = {**TOOL_LIMITS, **rules}, {}       # type: Tuple[Dict[str, Any], Dict[str, str]]
+    if not request.tools:               # only the history has calls: nothing else goes by the CLI's names
+        limits["prefix"] = ""
 
     def renamed(name: str) -> str:
         wire = wire_name(name, limits)
