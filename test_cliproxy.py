@@ -831,6 +831,7 @@ import threading
 import time
 import types
 import urllib.parse
+import typing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -8575,41 +8576,93 @@ BY_TEXT = [way for way in REAL if way[1] == "text"]
 AT_ONCE = [("codex", "jsonl"), *BY_TEXT]                # ways that give the answer whole, or line by line
 
 
-def say_messages(model, words):
+class Calls(typing.NamedTuple):
+    """In a script: the model calls the tool of this name, or presented to it under this name with a prefix. `arguments`: an object, or text
+    that goes out as it is."""
+    name: str
+    arguments: typing.Any
+    id: str = ""
+
+    @property
+    def text(self):
+        return self.arguments if isinstance(self.arguments, str) else json.dumps(self.arguments)
+
+    @property
+    def pieces(self):
+        size = len(self.text) // 3 + 1
+        return [self.text[at:at + size] for at in range(0, len(self.text), size)]
+
+
+class Thinks(typing.NamedTuple):
+    """In a script: the model reasons; `mark` is what its service signs that with, or gives it in encrypted."""
+    text: str
+    mark: str
+
+
+def in_blocks(steps):
+    """(a step, or str for words that follow one another, those words), as they come."""
+    return itertools.groupby(steps, lambda step: str if isinstance(step, str) else step)
+
+
+def say_messages(model, steps):
     usage = {"input_tokens": TOKENS[0], "output_tokens": 1, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
     yield {"type": "message_start", "message": {"id": "msg_1", "type": "message", "role": "assistant", "model": model, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}}
-    yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
-    for word in words:
-        yield {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
-    yield {"type": "content_block_stop", "index": 0}
-    yield {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": {"output_tokens": TOKENS[1]}}
+    reason = "end_turn"
+    for index, (what, words) in enumerate(in_blocks(steps)):
+        if isinstance(what, Calls):
+            block, reason = {"type": "tool_use", "id": what.id, "name": what.name, "input": {}}, "tool_use"
+            deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in what.pieces]
+        elif isinstance(what, Thinks):
+            block, deltas = {"type": "thinking", "thinking": "", "signature": ""}, [{"type": "thinking_delta", "thinking": what.text}, {"type": "signature_delta", "signature": what.mark}]
+        else:
+            block, deltas = {"type": "text", "text": ""}, ({"type": "text_delta", "text": word} for word in words)
+        yield {"type": "content_block_start", "index": index, "content_block": block}
+        yield from ({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas)
+        yield {"type": "content_block_stop", "index": index}
+    yield {"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": None}, "usage": {"output_tokens": TOKENS[1]}}
     yield {"type": "message_stop"}
 
 
-def say_contents(model, words):
+def say_contents(model, steps):
     usage = {"promptTokenCount": TOKENS[0], "candidatesTokenCount": TOKENS[1], "totalTokenCount": sum(TOKENS)}
-    for word in words:
-        yield {"candidates": [{"content": {"role": "model", "parts": [{"text": word}]}, "index": 0}], "usageMetadata": usage}
+    for step in steps:
+        part = {"text": step} if isinstance(step, str) else {"text": step.text, "thought": True} if isinstance(step, Thinks) else {"functionCall": {"name": step.name, "args": step.arguments}}
+        yield {"candidates": [{"content": {"role": "model", "parts": [part]}, "index": 0}], "usageMetadata": usage}
     yield {"candidates": [{"content": {"role": "model", "parts": [{"text": ""}]}, "index": 0, "finishReason": "STOP"}], "usageMetadata": usage}
 
 
-def say_items(model, words):
-    item, text = {"type": "message", "id": "msg_1", "role": "assistant", "status": "in_progress", "content": []}, ""
+def say_items(model, steps):
     yield {"type": "response.created", "response": {"id": "resp_1"}}
-    yield {"type": "response.output_item.added", "output_index": 0, "item": item}
-    for word in words:
-        text += word
-        yield {"type": "response.output_text.delta", "item_id": "msg_1", "output_index": 0, "content_index": 0, "delta": word}
-    yield {"type": "response.output_item.done", "output_index": 0, "item": {**item, "status": "completed", "content": [{"type": "output_text", "text": text, "annotations": []}]}}
+    for index, (what, words) in enumerate(in_blocks(steps)):
+        whose, text = {"item_id": f"item_{index}", "output_index": index}, ""
+        if isinstance(what, Calls):
+            item = {"type": "function_call", "id": f"item_{index}", "call_id": what.id, "name": what.name, "arguments": ""}
+            pieces, whole = [{"type": "response.function_call_arguments.delta", "delta": piece} for piece in what.pieces], {"arguments": what.text}
+        elif isinstance(what, Thinks):
+            item, summary = {"type": "reasoning", "id": f"item_{index}", "summary": [], "encrypted_content": ""}, [{"type": "summary_text", "text": what.text}]
+            pieces, whole = [{"type": "response.reasoning_summary_text.delta", "summary_index": 0, "delta": what.text}], {"summary": summary, "encrypted_content": what.mark}
+        else:
+            item, whole = {"type": "message", "id": f"item_{index}", "role": "assistant", "status": "in_progress", "content": []}, {}
+            pieces = ({"type": "response.output_text.delta", "content_index": 0, "delta": word} for word in words)
+        yield {"type": "response.output_item.added", "output_index": index, "item": item}
+        for piece in pieces:
+            text += piece["delta"]
+            yield {**piece, **whose}
+        yield {"type": "response.output_item.done", "output_index": index, "item": {**item, **(whole or {"status": "completed", "content": [{"type": "output_text", "text": text, "annotations": []}]})}}
     yield {"type": "response.completed", "response": {"id": "resp_1", "usage": {"input_tokens": TOKENS[0], "output_tokens": TOKENS[1], "total_tokens": sum(TOKENS),
            "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}}}
 
 
-def say_chunks(model, words):
-    base = {"id": "chatcmpl-1", "created": 1, "model": model, "object": "chat.completion.chunk"}
-    for word in words:
-        yield {**base, "choices": [{"index": 0, "delta": {"role": "assistant", "content": word}, "finish_reason": None}]}
-    yield {**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+def say_chunks(model, steps):
+    base, calls = {"id": "chatcmpl-1", "created": 1, "model": model, "object": "chat.completion.chunk"}, 0
+    for step in steps:
+        deltas = [{"role": "assistant", "content": step}] if isinstance(step, str) else [{"reasoning_content": step.text}]
+        if isinstance(step, Calls):
+            deltas = [{"tool_calls": [{"index": calls, "id": step.id, "type": "function", "function": {"name": step.name, "arguments": ""}}]},
+                      *({"tool_calls": [{"index": calls, "function": {"arguments": piece}}]} for piece in step.pieces)]
+            calls += 1
+        yield from ({**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas)
+    yield {**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls" if calls else "stop"}]}
     yield {**base, "choices": [], "usage": {"prompt_tokens": TOKENS[0], "completion_tokens": TOKENS[1], "total_tokens": sum(TOKENS)}}
 
 
@@ -8664,13 +8717,13 @@ class Service(BaseHTTPRequestHandler):
 
 
 class Model:
-    """What the CLIs take for their services, for one test. `script`: words, an Event to wait for, CUT, HOLD, or script(name, body) that
-    gives them. `status`: an error instead, `failing[name]`: for one CLI only.
+    """What the CLIs take for their services, for one test. `script`: words, Calls, Thinks, an Event to wait for, CUT, HOLD, or
+    script(name, body) that gives them. `status`: an error instead, `failing[name]`: for one CLI only.
 
     `asked` are the requests, `left` is how many of their answers were not waited for."""
 
     def __init__(self, listening):
-        self.script, self.status, self.failing, self.asked, self.raw, self.left, self.connections = REPLY, None, {}, [], b"", 0, []
+        self.script, self.status, self.failing, self.asked, self.raw, self.left, self.connections, self.ids = REPLY, None, {}, [], b"", 0, [], itertools.count(1)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Service, bind_and_activate=False)
         self.server.socket.close()
         self.server.socket, self.server.model = listening, self
@@ -8688,6 +8741,9 @@ class Model:
                 raise ConnectionAbortedError
             if isinstance(step, threading.Event):
                 step.wait(LIMIT)
+            elif isinstance(step, Calls):
+                presented = [tool.name for tool in offered(name, body)[0]]
+                yield step._replace(name=step.name if step.name in presented else next((n for n in presented if n == PREFIX[name] + step.name), step.name), id=step.id or f"call_{next(self.ids)}")
             else:
                 yield step
 
@@ -8706,19 +8762,24 @@ class Model:
         assert len(self.asked) == 1, [path for path, _ in self.asked]
         path, body = self.asked[0]
         assert body.get("tools") in (None, [], [{"functionDeclarations": []}]), body["tools"]
-        out = []
-        for role, part in HEARD[name](body):
-            if name == "claude" and isinstance(part, str) and part.startswith(("x-anthropic-billing-header: ", "You are a Claude agent, ", "<system-reminder>\nAs you answer")):
-                continue
-            if isinstance(part, str) and out and out[-1][0] == role and isinstance(out[-1][1], str):
-                out[-1] = (role, out[-1][1] + part)
-            elif part != "":
-                out.append((role, part))
-        return out
+        return heard_in(name, body)
 
     def beyond(self, words):
         """Bytes of the request beyond the client's own words."""
         return len(json.dumps(self.asked[0][1])) - sum(len(json.dumps(w)) for w in words)
+
+
+def heard_in(name, body):
+    """The conversation in a request, as [(role, part)]: neighbouring texts of a role joined, without what claude always adds."""
+    out = []
+    for role, part in HEARD[name](body):
+        if name == "claude" and isinstance(part, str) and part.startswith(("x-anthropic-billing-header: ", "You are a Claude agent, ", "<system-reminder>\nAs you answer")):
+            continue
+        if isinstance(part, str) and out and out[-1][0] == role and isinstance(out[-1][1], str):
+            out[-1] = (role, out[-1][1] + part)
+        elif part != "":
+            out.append((role, part))
+    return out
 
 
 def heard_by_claude(body):
@@ -8726,6 +8787,7 @@ def heard_by_claude(body):
     for m in body["messages"]:
         for b in [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]:
             yield {"text": lambda: (m["role"], b["text"]), "image": lambda: (m["role"], ("image", b["source"]["data"])),
+                   "thinking": lambda: ("assistant", ("thought", b["thinking"], b["signature"])),
                    "tool_use": lambda: ("assistant", ("call", b["id"], b["name"], b["input"])), "tool_result": lambda: ("tool", ("result", b["tool_use_id"], b["content"]))}[b["type"]]()
 
 
@@ -8737,19 +8799,29 @@ def heard_by_gemini(body):
             if "functionCall" in p:
                 yield role, ("call", p["functionCall"]["id"], p["functionCall"]["name"], p["functionCall"]["args"])
             elif "functionResponse" in p:
-                assert p["functionResponse"]["name"] in ("look", "listen")
+                assert p["functionResponse"]["name"]
                 yield "tool", ("result", p["functionResponse"]["id"], p["functionResponse"]["response"]["output"])
             else:
                 yield role, p["text"] if "text" in p else ("image", p["inlineData"]["data"])
+
+
+def read(text):
+    """What JSON stands for; text that is none as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def heard_by_codex(body):
     assert not body.get("instructions")
     for i in body["input"]:
         if i["type"] == "function_call":
-            yield "assistant", ("call", i["call_id"], i["name"], json.loads(i["arguments"]))
+            yield "assistant", ("call", i["call_id"], i["name"], read(i["arguments"]))
         elif i["type"] == "function_call_output":
             yield "tool", ("result", i["call_id"], i["output"])
+        elif i["type"] == "reasoning":
+            yield "assistant", ("thought", "".join(s["text"] for s in i["summary"]), i["encrypted_content"])
         else:
             for p in i["content"]:
                 yield {"developer": "system"}.get(i["role"], i["role"]), p["text"] if "text" in p else ("image", p["image_url"].partition(",")[2])
@@ -8764,10 +8836,30 @@ def heard_by_qwen(body):
         for p in [{"text": content}] if isinstance(content, str) else content:
             yield m["role"], p["text"] if "text" in p else ("image", p["image_url"]["url"].partition(",")[2])
         for call in m.get("tool_calls", []):
-            yield "assistant", ("call", call["id"], call["function"]["name"], json.loads(call["function"]["arguments"]))
+            yield "assistant", ("call", call["id"], call["function"]["name"], read(call["function"]["arguments"]))
 
 
 HEARD = {"claude": heard_by_claude, "gemini": heard_by_gemini, "codex": heard_by_codex, "qwen": heard_by_qwen}
+PREFIX = {"claude": "mcp__c__", "gemini": "mcp_c_", "codex": "", "qwen": "mcp__c__"}      # what a CLI puts before the name of a tool
+
+
+class Offered(typing.NamedTuple):
+    """A tool as it came to the model server."""
+    name: str
+    description: str
+    schema: typing.Any
+
+
+def offered(name, body):
+    """(the tools in a request, its tool_choice, what it says of parallel calls)."""
+    rows = body.get("tools") or []
+    if name == "gemini":
+        rows = [row for group in rows for row in group["functionDeclarations"]]
+        return [Offered(row["name"], row["description"], row.get("parametersJsonSchema", row.get("parameters"))) for row in rows], body.get("toolConfig", {}).get("functionCallingConfig"), None
+    if name == "claude":
+        return [Offered(row["name"], row["description"], row["input_schema"]) for row in rows], body.get("tool_choice"), (body.get("tool_choice") or {}).get("disable_parallel_tool_use")
+    rows = [row["function"] for row in rows] if name == "qwen" else rows
+    return [Offered(row["name"], row["description"], row["parameters"]) for row in rows], body.get("tool_choice"), body.get("parallel_tool_calls")
 
 
 def person(home, service):
@@ -9256,3 +9348,394 @@ def test_of_many_requests_at_once_each_gets_to_the_model_of_a_real_cli_as_it_is(
     for number, words in enumerate(asked):
         bodies = [(path, body) for path, body in model.asked if f"<{number}>" in json.dumps(body)]
         assert Model.heard(types.SimpleNamespace(asked=bodies), name) == words
+
+
+# --- tools and structured output with the real CLIs ---
+
+WHAT = [{"role": "user", "content": "What is there?"}]
+ANYTHING = {"type": "object", "properties": {"at": {"type": "integer"}}}
+
+
+def a_tool(name, schema=ANYTHING, description="It tells what is there.", **more):
+    return {"type": "function", "function": {"name": name, "description": description, **({} if schema is None else {"parameters": schema}), **more}}
+
+
+LOOK, LISTEN = a_tool("look"), a_tool("listen")
+
+
+def calls_made(answered):
+    """[(id, name, arguments)] of an answer that ends in calls, streamed or whole."""
+    assert answered.status == 200, answered.body
+    if not answered.headers["Content-Type"].startswith("text/event-stream"):
+        assert answered.json["choices"][0]["finish_reason"] == "tool_calls", answered.body
+        return [(c["id"], c["function"]["name"], c["function"]["arguments"]) for c in answered.json["choices"][0]["message"]["tool_calls"]]
+    assert said(answered.frames)[0][2] == "tool_calls"
+    calls = []
+    for frame in answered.frames[:-1]:
+        for piece in frame["choices"][0]["delta"].get("tool_calls", ()):
+            if "id" in piece:
+                assert piece["type"] == "function" and piece["index"] == len(calls)
+                calls.append([piece["id"], piece["function"]["name"], piece["function"]["arguments"]])
+            else:
+                assert piece.keys() == {"index", "function"} and piece["function"].keys() == {"arguments"}
+                calls[piece["index"]][2] += piece["function"]["arguments"]
+    return [tuple(call) for call in calls]
+
+
+def with_results(messages, answered, *results):
+    """The conversation with the calls of an answer and their results."""
+    calls = calls_made(answered)
+    assert len(calls) == len(results)
+    return [*messages, {"role": "assistant", "content": None, "tool_calls": [{"id": id, "type": "function", "function": {"name": name, "arguments": arguments}} for id, name, arguments in calls]},
+            *({"role": "tool", "tool_call_id": id, "content": result} for (id, _, _), result in zip(calls, results))]
+
+
+def told(model, name, number=-1):
+    """The conversation in a request to the model server, with the client's names of tools and without what it was said in the system prompt."""
+    rows = [(role, part) for role, part in heard_in(name, model.asked[number][1]) if role != "system"]
+    return [(role, (*part[:2], part[2][len(PREFIX[name]):], part[3]) if part[0] == "call" else part) for role, part in rows]
+
+
+def one_after_the_other(model, *answers):
+    """The model gives these answers, in turn, and none is asked for twice."""
+    left = list(answers)
+    model.script = lambda name, body: left.pop(0)
+    model.asked.clear()
+    return left
+
+
+@every_cli
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_call_goes_out_by_a_real_cli_and_its_result_comes_back(name, stream, real, model):
+    given = {"at": 1, "é": ['"', None, 1.5]}
+    one_after_the_other(model, ["Let me see. ", Calls("look", given)], ["A cat."])
+    answered = real.ask(name, WHAT, tools=[LOOK], stream=stream)
+    (id, called, arguments), = calls_made(answered)
+    assert (called, json.loads(arguments)) == ("look", given)
+    assert (said(answered.frames)[0][0] if stream else answered.text) == "Let me see. "
+    assert [tool.name for tool in offered(name, model.asked[0][1])[0]] == [PREFIX[name] + "look"] and told(model, name) == [("user", "What is there?")]
+    pieces = answered.body.count(b'"tool_calls":[') if stream else None
+    assert pieces in (None, 4 if name == "claude" else 2), "the arguments in pieces, where the CLI tells them so"
+    assert stream or answered.json["usage"]["completion_tokens"] == TOKENS[1]
+    assert real.ask(name, with_results(WHAT, answered, "miaow\n"), tools=[LOOK]).text == "A cat."
+    assert len(model.asked) == 2, "one request for each leg"
+    assert [row for row in told(model, name) if row != ("assistant", "Let me see. ")] == [("user", "What is there?"), ("assistant", ("call", id, "look", given)), ("tool", ("result", id, "miaow\n"))]
+
+
+@every_cli
+def test_five_rounds_of_two_calls_go_through_a_real_cli(name, real, model):
+    one_after_the_other(model, *([Calls("look", {"at": i}), Calls("listen", {"at": -i})] for i in range(5)), ["Nothing."])
+    messages, expected = WHAT, [("user", "What is there?")]
+    for i in range(5):
+        answered = real.ask(name, messages, tools=[LOOK, LISTEN], stream=i % 2 == 0)
+        calls = calls_made(answered)
+        assert [(called, json.loads(arguments)) for _, called, arguments in calls] == [("look", {"at": i}), ("listen", {"at": -i})] and len({id for id, _, _ in calls}) == 2
+        messages = with_results(messages, answered, f"saw {i}", f"heard {i}")
+        expected += [("assistant", ("call", id, called, json.loads(arguments))) for id, called, arguments in calls]
+        expected += [("tool", ("result", calls[0][0], f"saw {i}")), ("tool", ("result", calls[1][0], f"heard {i}"))]
+    assert real.ask(name, messages, tools=[LOOK, LISTEN]).text == "Nothing."
+    assert told(model, name) == expected and len(model.asked) == 6
+
+
+@every_cli
+def test_large_arguments_and_results_go_through_a_real_cli(name, real, model):
+    given = {"at": "é\n" * 100000}
+    one_after_the_other(model, [Calls("look", given)], ["Much."])
+    answered = real.ask(name, WHAT, tools=[LOOK], stream=True)
+    (id, _, arguments), = calls_made(answered)
+    assert json.loads(arguments) == given
+    assert real.ask(name, with_results(WHAT, answered, "r" * 200000), tools=[LOOK]).text == "Much."
+    assert told(model, name)[1:] == [("assistant", ("call", id, "look", given)), ("tool", ("result", id, "r" * 200000))]
+
+
+# What the model makes of its call, and what the client gets: (name, arguments), an error code, and what the model is told of it later.
+ODD_CALLS = [
+    ("claude", Calls("look", '{"at": '), ("look", '{"at": '), {"invalid_arguments": '{"at": '}), ("claude", Calls("look", "[1]"), ("look", "[1]"), {"invalid_arguments": "[1]"}),
+    ("claude", Calls("look", ""), ("look", "{}"), {}), ("claude", Calls("dig", {"at": 1}), ("dig", '{"at": 1}'), {"at": 1}),
+    ("gemini", Calls("look", {}), ("look", "{}"), {}), ("gemini", Calls("dig", {"at": 1}), "invalid_model_output", None),
+    ("codex", Calls("look", '{"at": '), ("look", '{"at": '), '{"at": '), ("codex", Calls("look", "[1]"), ("look", "[1]"), [1]),
+    ("codex", Calls("look", ""), ("look", "{}"), {}), ("codex", Calls("dig", {"at": 1}), ("dig", '{"at": 1}'), {"at": 1}),
+    ("qwen", Calls("look", '{"at": '), ("look", '{"at":null}'), {"at": None}), ("qwen", Calls("look", "[1]"), "invalid_model_output", None),
+    ("qwen", Calls("dig", {"at": 1}), "invalid_model_output", None),
+    *((name, Calls("look", {"at": "no number", "more": [1]}), ("look", {"at": "no number", "more": [1]}), {"at": "no number", "more": [1]}) for name in CLIS),
+]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name, call, got, later", ODD_CALLS, indirect=["name"], ids=lambda v: v if isinstance(v, str) and v in CLIS else "")
+def test_an_odd_call_gets_to_the_client_as_the_model_wrote_it_or_is_an_error(name, call, got, later, real, model):
+    model.script = lambda name, body: [call] if len(model.asked) == 1 else [HOLD]       # some CLIs take it on themselves, and ask their model again
+    strict = a_tool("look", {**ANYTHING, "required": ["at", "more"], "additionalProperties": False})
+    answered = real.ask(name, WHAT, tools=[strict])
+    if isinstance(got, str):
+        assert answered.error == (502, "server_error", got, None) and answered.retry[0] == "true"
+        messages = WHAT
+    else:
+        (id, called, arguments), = calls_made(answered)
+        assert (called, arguments if isinstance(got[1], str) else json.loads(arguments)) == got
+        messages = with_results(WHAT, answered, "miaow")
+    own = lambda: [body for _, body in model.asked[1:] if "Well" not in json.dumps(body)]       # noqa: E731
+    eventually("what it asks by itself is given up", lambda: model.left == len(own()))
+    model.script = ["Well."]
+    assert real.ask(name, [*messages, {"role": "user", "content": "Well?"}], tools=[strict]).text == "Well."
+    assert len(own()) <= 1 and model.left == len(own()) and not real.lines("event=resident-stuck")
+    if later is not None:
+        shown = PREFIX[name] + called if called == "look" or name != "codex" else called
+        assert ("assistant", ("call", id, shown, later)) in heard_in(name, model.asked[-1][1])
+
+
+@every_cli
+def test_sixty_tools_get_to_the_model_of_a_real_cli(name, real, model):
+    tools = [a_tool(f"tool_{i:02}", description=f"It does {i}. " * 20) for i in range(60)]
+    one_after_the_other(model, [Calls("tool_59", {"at": 1})])
+    assert [called for _, called, _ in calls_made(real.ask(name, WHAT, tools=tools))] == ["tool_59"]
+    assert [(t.name, t.description) for t in offered(name, model.asked[0][1])[0]] == [(PREFIX[name] + t["function"]["name"], t["function"]["description"]) for t in tools]
+
+
+AWKWARD = ["café_日本", "a.b.c", "a b", "x" * 64, "y" * 100, "y" * 99 + "z", "Bash", "read_file", "exec_command", "mcp__x__y", "1st", "-dash", "__proto__", "client_exec_command"]
+
+
+@every_cli
+def test_a_tool_with_an_awkward_name_is_called_by_it_through_a_real_cli(name, real, model):
+    tools = [a_tool(called) for called in AWKWARD]
+    model.script = lambda name, body: [Calls(tool.name, {"at": i}) for i, tool in enumerate(offered(name, body)[0])] if len(model.asked) == 1 else ["Well."]
+    answered = real.ask(name, WHAT, tools=tools)
+    assert sorted(called for _, called, _ in calls_made(answered)) == sorted(AWKWARD)
+    names = [tool.name for tool in offered(name, model.asked[0][1])[0]]
+    assert len(set(names)) == len(AWKWARD) and all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", n) for n in names)
+    assert real.ask(name, with_results(WHAT, answered, *AWKWARD), tools=tools).text == "Well." and len(model.asked) == 2
+    assert [part[2] for role, part in heard_in(name, model.asked[-1][1]) if part[0] == "call"] == names
+    assert [part[2] for role, part in heard_in(name, model.asked[-1][1]) if part[0] == "result"] == AWKWARD if name != "claude" else True
+
+
+# A schema as the client gives it, and, where it is not that, as the model of a CLI gets it.
+SCHEMAS = {
+    "refers": ({"type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "object", "properties": {"x": {"type": ["string", "null"]}}, "additionalProperties": False}}, "required": ["p"]},
+               {"gemini": {"type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "object", "properties": {"x": {"type": "string", "nullable": True}}, "additionalProperties": False}}, "required": ["p"]}}),
+    "limits": ({"type": "object", "properties": {"v": {"anyOf": [{"type": "string", "format": "date", "description": "inner"}, {"type": "integer", "minimum": 1, "default": 3}]}, "e": {"enum": ["a", "b"]}, "c": {"const": "k"}},
+                "additionalProperties": {"type": "string"}},
+               {"codex": {"type": "object", "properties": {"v": {"anyOf": [{"type": "string", "description": "inner"}, {"type": "integer"}]}, "e": {"type": "string", "enum": ["a", "b"]}, "c": {"type": "string", "enum": ["k"]}},
+                          "additionalProperties": {"type": "string"}}}),
+    "no_type": ({"properties": {"a": {"type": "integer"}}}, dict.fromkeys(CLIS, {"type": "object", "properties": {"a": {"type": "integer"}}})),
+    "empty": ({}, dict.fromkeys(CLIS, {"type": "object", "properties": {}})), "none": (None, dict.fromkeys(CLIS, {"type": "object", "properties": {}})),
+    "nested": ({"type": "object", "properties": {"rows": {"type": "array", "items": {"type": "array", "items": {"type": "object", "properties": {"k": {"type": "boolean", "description": "Is it?"}}, "required": ["k"]}}}}}, {}),
+    "dollar": ({"type": "object", "properties": {"$HOME": {"type": "string", "description": "${HOME} {model} $PATH"}}}, {}),
+}
+
+
+@every_cli
+def test_the_schema_and_the_description_of_a_tool_get_to_the_model_of_a_real_cli(name, real, model):
+    words = {"limits": "D" * 2047 + "é" + "E" * 1000, "empty": ""}
+    one_after_the_other(model, REPLY)
+    assert real.ask(name, WHAT, tools=[a_tool(key, schema, words.get(key, f"The {key} one.")) for key, (schema, _) in SCHEMAS.items()]).text == "".join(REPLY)
+    got = {tool.name[len(PREFIX[name]):]: tool for tool in offered(name, model.asked[0][1])[0]}
+    assert set(got) == set(SCHEMAS)
+    for key, (schema, changed) in SCHEMAS.items():
+        has, description = dict(got[key].schema), words.get(key, f"The {key} one.") or key
+        if name == "gemini":                # what it adds to every tool, and what keeps it from checking the calls
+            assert has["properties"].pop("wait_for_previous")["type"] == "boolean" and has.pop("$schema").endswith("draft-04/schema#")
+        if name == "claude" and len(description) > 2048:
+            assert (description[:2048], has.pop("description")) == (got[key].description, description[2048:])
+        else:
+            assert got[key].description == description
+        assert has == changed.get(name, schema), key
+
+
+# What of a tool_choice gets to the model: (the tools, tool_choice), None for the field left out.
+BOTH = ["look", "listen"]
+CHOICES = {
+    "claude": {"none": (BOTH, {"type": "none"}), "required": (BOTH, {"type": "any"}), "listen": (BOTH, {"type": "tool", "name": "mcp__c__listen"})},
+    "gemini": {"none": ([], None), "required": (BOTH, {"mode": "ANY"}), "listen": (["listen"], {"mode": "ANY"})},
+    "codex": {"none": ([], "auto"), "required": (BOTH, "auto"), "listen": (BOTH, "auto")},
+    "qwen": {"none": (BOTH, "none"), "required": (BOTH, "required"), "listen": (BOTH, {"type": "function", "function": {"name": "mcp__c__listen"}})},
+}
+
+
+@every_cli
+@pytest.mark.parametrize("choice", ["none", "required", "listen"])
+def test_a_tool_choice_gets_to_the_model_of_a_real_cli(name, choice, real, model):
+    one_after_the_other(model, ["words"] if choice == "none" else [Calls("listen", {"at": 1})])
+    answered = real.ask(name, WHAT, tools=[LOOK, LISTEN], tool_choice={"type": "function", "function": {"name": "listen"}} if choice == "listen" else choice)
+    assert answered.text == "words" if choice == "none" else [call[1] for call in calls_made(answered)] == ["listen"]
+    tools, got, _ = offered(name, model.asked[0][1])
+    assert (sorted(t.name[len(PREFIX[name]):] for t in tools), got) == (sorted(CHOICES[name][choice][0]), CHOICES[name][choice][1])
+    how = dict(p.split("=") for p in answered.headers["x-cliproxy-params"].split(", "))
+    assert how["tool_choice"] == ("emulated" if name == "codex" else "native") and how["tools"] == "native"
+
+
+@pytest.mark.real
+def test_the_model_of_a_real_codex_that_has_to_call_and_does_not_is_told_so_once(request, real, model):
+    need(request, "codex")
+    one_after_the_other(model, ["words"], [Calls("look", {"at": 1})])
+    assert [call[1] for call in calls_made(real.ask("codex", WHAT, tools=[LOOK], tool_choice="required"))] == ["look"] and len(model.asked) == 2
+    one_after_the_other(model, ["words"], ["other words"])
+    assert real.ask("codex", WHAT, tools=[LOOK], tool_choice="required").text == "other words" and len(model.asked) == 2
+
+
+@every_cli
+def test_no_more_than_one_call_gets_through_a_real_cli_where_no_more_is_wanted(name, real, model):
+    one_after_the_other(model, [Calls("look", {"at": 1}), Calls("listen", {"at": 2})])
+    calls = calls_made(real.ask(name, WHAT, tools=[LOOK, LISTEN], parallel_tool_calls=False))
+    _, choice, said_so = offered(name, model.asked[0][1])
+    asked_for = {"claude": said_so is True and choice == {"type": "auto", "disable_parallel_tool_use": True}, "qwen": said_so is False}
+    assert asked_for.get(name, len(calls) == 1), "the model is told, or the second call is dropped"
+
+
+def first_leg(real, model, name, **more):
+    """(the conversation with the first call of a model and its result, as the model has to see it)."""
+    one_after_the_other(model, [Calls("look", {"at": 1})])
+    answered = real.ask(name, WHAT, tools=[LOOK], **more)
+    id = calls_made(answered)[0][0]
+    return with_results(WHAT, answered, "miaow"), [("user", "What is there?"), ("assistant", ("call", id, "look", {"at": 1})), ("tool", ("result", id, "miaow"))]
+
+
+def second_leg(real, model, name, messages, expected, **more):
+    one_after_the_other(model, ["A cat."])
+    assert real.ask(name, messages, tools=[LOOK], **more).text == "A cat." and len(model.asked) == 1
+    assert told(model, name) == expected
+
+
+@every_cli
+def test_the_result_of_a_call_may_come_when_a_real_cli_has_long_forgotten_it(name, real, model):
+    messages, expected = first_leg(real, model, name)
+    for words in ("Something else", "And else"):        # claude holds one conversation in a process, and has two
+        one_after_the_other(model, REPLY)
+        assert real.ask(name, words).text == "".join(REPLY) and told(model, name) == [("user", words)]
+    second_leg(real, model, name, messages, expected)
+    second_leg(real, model, name, [{"role": "user", "content": "What was there?"}, *messages[1:]], [("user", "What was there?"), *expected[1:]])
+    second_leg(real, model, name, [*messages, {"role": "user", "content": "Quick!"}], [*expected, ("user", "Quick!")])
+
+
+@every_cli
+def test_a_call_that_nobody_comes_back_to_is_in_the_way_of_none_at_a_real_cli(name, real, model):
+    for _ in range(3):
+        first_leg(real, model, name)
+    one_after_the_other(model, REPLY)
+    assert real.ask(name, "Hi").text == "".join(REPLY) and told(model, name) == [("user", "Hi")] and len(model.asked) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/cwd"), reason="there is no /proc to tell one CLI from another")
+@every_cli
+def test_the_result_of_a_call_may_come_when_a_real_cli_has_been_killed(name, real, model):
+    messages, expected = first_leg(real, model, name)
+    for pid in [pid for pid in real.running() if re.search(rf"/{name}-[^-/]+/", os.readlink(f"/proc/{pid}/cwd") + "/")]:
+        os.kill(pid, signal.SIGKILL)
+    second_leg(real, model, name, messages, expected)
+
+
+@pytest.mark.real
+def test_the_result_of_a_call_may_come_to_another_proxy_or_another_real_cli(request, real, serve_real, model):
+    need(request, *CLIS)
+    restarted = serve_real()
+    for i, name in enumerate(CLIS):
+        messages, expected = first_leg(real, model, name)
+        second_leg(restarted, model, name, messages, expected)
+        second_leg(real, model, CLIS[(i + 1) % len(CLIS)], messages, expected)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["claude", "codex"], indirect=True)
+def test_what_the_model_of_a_real_cli_reasoned_before_its_call_comes_back_to_it(name, real, model):
+    thought = ("assistant", ("thought", "hm", "SIGNED=="))
+    one_after_the_other(model, [Thinks("hm", "SIGNED=="), Calls("look", {"at": 1})])
+    answered = real.ask(name, WHAT, tools=[LOOK], reasoning_effort="high")
+    assert answered.json["choices"][0]["message"]["reasoning_content"] == "hm"
+    id = calls_made(answered)[0][0]
+    messages, expected = with_results(WHAT, answered, "miaow"), [("user", "What is there?"), thought, ("assistant", ("call", id, "look", {"at": 1})), ("tool", ("result", id, "miaow"))]
+    second_leg(real, model, name, messages, expected, reasoning_effort="high")
+    one_after_the_other(model, REPLY)
+    assert real.ask(name, "Something else").text == "".join(REPLY)
+    second_leg(real, model, name, messages, expected, reasoning_effort="high")
+    other = {"claude": "codex", "codex": "claude"}[name]        # whose service could make nothing of it
+    second_leg(real, model, other, messages, [row for row in expected if row != thought], reasoning_effort="high")
+
+
+@pytest.mark.real
+def test_nothing_of_a_tool_turn_is_left_at_a_real_cli(request, serve_real, model, tmp_path):
+    need(request, *CLIS)
+    between = tmp_path / "between"              # tells what the proxy says to them
+    between.mkdir()
+    for name in ("gemini", "qwen"):
+        (between / name).write_text(f"#!/bin/sh\ntee -a '{tmp_path}/{name}.heard' | exec '{real_path(name)}' \"$@\"\n")
+        (between / name).chmod(0o755)
+    proxy = serve_real(first=str(between))
+    for name in CLIS:
+        messages, expected = first_leg(proxy, model, name)
+        second_leg(proxy, model, name, messages, expected)
+    for name in ("gemini", "qwen"):
+        served = re.findall(r'"url": ?"(http://127\.0\.0\.1:\d+/mcp/[^"]+)".{0,120}?"Bearer ([^"]+)"', (tmp_path / f"{name}.heard").read_text())
+        assert len(set(served)) == 2
+        for url, token in served:
+            where = urllib.parse.urlsplit(url)
+
+            def status(where=where, token=token):
+                with contextlib.closing(http.client.HTTPConnection(where.hostname, where.port, timeout=LIMIT)) as connection:
+                    connection.request("POST", where.path, '{"jsonrpc": "2.0", "id": 1, "method": "ping"}', {"Authorization": f"Bearer {token}"})
+                    return connection.getresponse().status
+            eventually("its tools are not served any more", lambda: status() == 404)        # noqa: B023
+    places = os.path.join(proxy.env["TMPDIR"], "*", "*")
+    left = lambda: [path for pattern in ("s/*", "home/.gemini/tmp/work/chats/*", "home/sessions/*/*/*/*") for path in glob.glob(os.path.join(places, pattern))]      # noqa: E731
+    eventually("no conversation is left in a file", lambda: not left())
+
+
+ONE = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+FORMS = {"schema": {"type": "json_schema", "json_schema": {"name": "one", "strict": True, "schema": ONE}}, "object": {"type": "json_object"}}
+
+
+def gives(model, *values):
+    """The model answers with these, in turn: by the tool that stands for the answer, if there is one."""
+    left = list(values)
+    model.asked.clear()
+
+    def script(name, body):
+        value, tools = left.pop(0), [tool.name for tool in offered(name, body)[0] if tool.name.endswith("give_answer")]
+        return [Calls(tools[0], value)] if tools and not isinstance(value, Calls) else [value if isinstance(value, (str, Calls)) else json.dumps(value)]
+    model.script = script
+
+
+def form_got(name, body):
+    """(a schema that the model server was given for the answer or True for any JSON, whether that is in a field of the service's own)."""
+    if name == "gemini" and "responseMimeType" in body["generationConfig"]:
+        return body["generationConfig"].get("responseJsonSchema", True), True
+    if name == "codex" and "format" in body["text"]:
+        return body["text"]["format"]["schema"], True
+    if name == "qwen" and "response_format" in body:
+        return body["response_format"].get("json_schema", {}).get("schema", True), True
+    for tool in offered(name, body)[0]:
+        if tool.name.endswith("give_answer"):
+            return tool.schema if tool.schema != {"type": "object", "properties": {}} else True, True
+    words = "".join(part for role, part in heard_in(name, body) if role == "system")
+    assert words.startswith("Your answer is read by a program as JSON.")
+    return json.loads(words[words.index("\n\n{"):]) if "\n\n{" in words else True, False
+
+
+@every_cli
+@pytest.mark.parametrize("form", FORMS)
+def test_a_real_cli_gives_json(name, form, real, model):
+    for stream in (False, True):
+        gives(model, {"n": 1})
+        answered = real.ask(name, WHAT, response_format=FORMS[form], stream=stream)
+        text = said(answered.frames)[0][0] if stream else answered.text
+        assert json.loads(text) == {"n": 1} and len(model.asked) == 1
+        assert form_got(name, model.asked[0][1]) == (ONE if form == "schema" else True, (name, form) != ("codex", "object"))
+    wrong = {"n": "x"} if form == "schema" else "Sorry, no."
+    gives(model, wrong, {"n": 2})
+    assert json.loads(real.ask(name, WHAT, response_format=FORMS[form]).text) == {"n": 2}
+    again = [body for _, body in model.asked if "A program has read your answer and refused it" in json.dumps(body)]
+    assert len(again) == 1 and form_got(name, again[0])[0] == (ONE if form == "schema" else True)
+    model.script = lambda name, body: [Calls(offered(name, body)[0][0].name, wrong) if offered(name, body)[0] else wrong if isinstance(wrong, str) else json.dumps(wrong)]
+    answered = real.ask(name, WHAT, response_format=FORMS[form])
+    assert answered.error == (502, "server_error", "invalid_model_output", None) and answered.retry[0] == "true"
+    gives(model, "plain words", "more of them")
+    assert real.ask(name, WHAT, response_format=FORMS[form]).error[2] == "invalid_model_output"
+
+
+@every_cli
+def test_tools_an_image_and_json_go_together_at_a_real_cli(name, real, model):
+    seen = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}]}]
+    gives(model, Calls("look", {"at": 1}), {"n": 3})
+    answered = real.ask(name, seen, tools=[LOOK], response_format=FORMS["schema"])
+    id = calls_made(answered)[0][0]
+    assert form_got(name, model.asked[0][1]) == (ONE, name != "gemini") and told(model, name) == [("user", "What is this?"), ("user", ("image", PIXEL))]
+    assert json.loads(real.ask(name, with_results(seen, answered, "miaow"), tools=[LOOK], response_format=FORMS["schema"]).text) == {"n": 3}
+    assert told(model, name)[2:] == [("assistant", ("call", id, "look", {"at": 1})), ("tool", ("result", id, "miaow"))] and len(model.asked) == 2
