@@ -736,7 +736,7 @@ BUILTIN_PROVIDERS = r'''{
           "ask": [
             {"for": "history:anthropic",
              "user": [{"line": {"type": "user", "uuid": "{id}", "shouldQuery": false, "message": {"role": "user", "content": ["{*content}", {"type": "text", "text": ""}]}}, "until": true}],
-             "assistant": [{"line": {"type": "assistant", "uuid": "{id}", "message": {"id": "msg_{id}", "type": "message", "role": "assistant", "model": "claude",
+             "assistant": [{"line": {"type": "assistant", "uuid": "{id}", "message": {"id": "msg_{id}", "type": "message", "role": "assistant", "model": "<synthetic>",
                             "content": "{content}", "stop_reason": null, "usage": {"input_tokens": 0, "output_tokens": 0}}}}]},
             {"line": {"type": "user", "uuid": "{new_uuid}", "message": {"role": "user", "content": ["{*last:anthropic}", {"type": "text", "text": ""}]}}, "answer": true}],
           "cancel": [{"call": "interrupt"}],
