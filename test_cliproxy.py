@@ -832,6 +832,7 @@ import time
 import types
 import urllib.parse
 import typing
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -8569,6 +8570,7 @@ def test_the_readme_shows_what_echo_answers(shared, proxy):
 
 CANARY = "canary-3f9c"      # stands wherever a CLI may pick up instructions by itself; it must never get to the model
 CUT, HOLD = object(), object()      # in a script: the connection breaks here; nothing more comes until the CLI hangs up
+IDS = itertools.count(1)    # no two calls, or answers, have the same, as at the real services; claude makes one message of two that have
 TOKENS = (11, 5)            # what the model server says it has read and written
 REPLY = ["Hello ", "there, ", "how ", "are ", "you?"]
 REAL = [(name, s["driver"]) for name in CLIS for s in json.loads(cliproxy.BUILTIN_PROVIDERS)["providers"][name]["strategies"] if "like" not in s]
@@ -8606,7 +8608,7 @@ def in_blocks(steps):
 
 def say_messages(model, steps):
     usage = {"input_tokens": TOKENS[0], "output_tokens": 1, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
-    yield {"type": "message_start", "message": {"id": "msg_1", "type": "message", "role": "assistant", "model": model, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}}
+    yield {"type": "message_start", "message": {"id": f"msg_{next(IDS)}", "type": "message", "role": "assistant", "model": model, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}}
     reason = "end_turn"
     for index, (what, words) in enumerate(in_blocks(steps)):
         if isinstance(what, Calls):
@@ -8723,7 +8725,7 @@ class Model:
     `asked` are the requests, `left` is how many of their answers were not waited for."""
 
     def __init__(self, listening):
-        self.script, self.status, self.failing, self.asked, self.raw, self.left, self.connections, self.ids = REPLY, None, {}, [], b"", 0, [], itertools.count(1)
+        self.script, self.status, self.failing, self.asked, self.raw, self.left, self.connections = REPLY, None, {}, [], b"", 0, []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Service, bind_and_activate=False)
         self.server.socket.close()
         self.server.socket, self.server.model = listening, self
@@ -8743,7 +8745,7 @@ class Model:
                 step.wait(LIMIT)
             elif isinstance(step, Calls):
                 presented = [tool.name for tool in offered(name, body)[0]]
-                yield step._replace(name=step.name if step.name in presented else next((n for n in presented if n == PREFIX[name] + step.name), step.name), id=step.id or f"call_{next(self.ids)}")
+                yield step._replace(name=step.name if step.name in presented else next((n for n in presented if n == PREFIX[name] + step.name), step.name), id=step.id or f"call_{next(IDS)}")
             else:
                 yield step
 
@@ -9052,7 +9054,8 @@ def test_images_and_tool_calls_get_to_the_model_of_a_real_cli(name, driver, real
     asked = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, picture]}, {"role": "assistant", "content": None, "tool_calls": calls},
              {"role": "tool", "tool_call_id": "c0", "content": "a cat"}, {"role": "tool", "tool_call_id": "c1", "content": "miaow"}, {"role": "user", "content": "Well?"}]
     assert real.ask(f"{name}-{driver}", asked).text == "".join(REPLY)
-    assert model.heard(name) == [("user", "What is this?"), ("user", ("image", PIXEL)), ("assistant", ("call", "c0", "look", {"at": [1]})), ("assistant", ("call", "c1", "listen", {"at": [1]})),
+    prefix = PREFIX[name] if (name, driver) in (("claude", "claude-stream"), ("qwen", "acp")) else ""       # as in a conversation with tools
+    assert model.heard(name) == [("user", "What is this?"), ("user", ("image", PIXEL)), ("assistant", ("call", "c0", prefix + "look", {"at": [1]})), ("assistant", ("call", "c1", prefix + "listen", {"at": [1]})),
                                  ("tool", ("result", "c0", "a cat")), ("tool", ("result", "c1", "miaow")), ("user", "Well?")]
 
 
@@ -9094,10 +9097,11 @@ def test_two_user_messages_in_a_row_get_to_the_model_of_a_real_cli(name, driver,
 @every_way(without=BY_TEXT)
 def test_native_parameters_get_to_the_model_of_a_real_cli(name, driver, real, model):
     schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+    gives(model, {"a": "b"})
     answered = real.ask(f"{name}-{driver}", temperature=0.25, stop=["$HOME"], max_tokens=77, seed=5, reasoning_effort="low", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
-    assert answered.text == "".join(REPLY)
+    assert json.loads(answered.text) == {"a": "b"}
     body = json.dumps(model.asked[0][1])
-    marks = {"temperature": "0.25", "stop": '"$HOME"', "max_tokens": ": 77", "seed": '"seed": 5', "response_format": '"additionalProperties": false', "effort": "low" if name != "gemini" else "2048"}
+    marks = {"temperature": "0.25", "stop": '"$HOME"', "max_tokens": ": 77", "seed": '"seed": 5', "response_format": '"additionalProperties": false' if name != "claude" else "\0", "effort": "low" if name != "gemini" else "2048"}
     how = dict(p.split("=") for p in answered.headers["x-cliproxy-params"].split(", ") if not p.startswith("usage"))
     assert set(how) == set(marks) and {p for p, word in how.items() if word == "native"} == {p for p, mark in marks.items() if mark in body}
 
@@ -9464,7 +9468,7 @@ ODD_CALLS = [
 @pytest.mark.real
 @pytest.mark.parametrize("name, call, got, later", ODD_CALLS, indirect=["name"], ids=lambda v: v if isinstance(v, str) and v in CLIS else "")
 def test_an_odd_call_gets_to_the_client_as_the_model_wrote_it_or_is_an_error(name, call, got, later, real, model):
-    model.script = lambda name, body: [call] if len(model.asked) == 1 else [HOLD]       # some CLIs take it on themselves, and ask their model again
+    model.script = lambda name, body: ["Well."] if "Well?" in json.dumps(body) else [call]      # again and again, where a CLI asks again by itself
     strict = a_tool("look", {**ANYTHING, "required": ["at", "more"], "additionalProperties": False})
     answered = real.ask(name, WHAT, tools=[strict])
     if isinstance(got, str):
@@ -9474,11 +9478,9 @@ def test_an_odd_call_gets_to_the_client_as_the_model_wrote_it_or_is_an_error(nam
         (id, called, arguments), = calls_made(answered)
         assert (called, arguments if isinstance(got[1], str) else json.loads(arguments)) == got
         messages = with_results(WHAT, answered, "miaow")
-    own = lambda: [body for _, body in model.asked[1:] if "Well" not in json.dumps(body)]       # noqa: E731
-    eventually("what it asks by itself is given up", lambda: model.left == len(own()))
-    model.script = ["Well."]
-    assert real.ask(name, [*messages, {"role": "user", "content": "Well?"}], tools=[strict]).text == "Well."
-    assert len(own()) <= 1 and model.left == len(own()) and not real.lines("event=resident-stuck")
+    for _ in range(3):
+        assert real.ask(name, [*messages, {"role": "user", "content": "Well?"}], tools=[strict]).text == "Well."
+    assert sum("Well?" not in json.dumps(body) for _, body in model.asked) <= 2, "what it asks by itself is given up"
     if later is not None:
         shown = PREFIX[name] + called if called == "look" or name != "codex" else called
         assert ("assistant", ("call", id, shown, later)) in heard_in(name, model.asked[-1][1])
@@ -9620,7 +9622,11 @@ def test_the_result_of_a_call_may_come_when_a_real_cli_has_been_killed(name, rea
     messages, expected = first_leg(real, model, name)
     for pid in [pid for pid in real.running() if re.search(rf"/{name}-[^-/]+/", os.readlink(f"/proc/{pid}/cwd") + "/")]:
         os.kill(pid, signal.SIGKILL)
-    second_leg(real, model, name, messages, expected)
+    if name != "claude":
+        return second_leg(real, model, name, messages, expected)
+    one_after_the_other(model, ["A cat."])      # if its reserve, which had served nobody yet, died too, the next is waited with, and a process for one turn is told of it in words
+    assert real.ask(name, messages, tools=[LOOK]).text == "A cat." and len(model.asked) == 1
+    assert told(model, name) == expected or [part.replace("\n", " ") for _, part in told(model, name)][-1] == f'<tool_result name="look" id="{expected[1][1][1]}"> miaow </tool_result>'
 
 
 @pytest.mark.real
@@ -9688,6 +9694,8 @@ def gives(model, *values):
     model.asked.clear()
 
     def script(name, body):
+        if not left or "InputValidationError" in json.dumps(body):      # claude asks again by itself what it cannot read
+            return [HOLD]
         value, tools = left.pop(0), [tool.name for tool in offered(name, body)[0] if tool.name.endswith("give_answer")]
         return [Calls(tools[0], value)] if tools and not isinstance(value, Calls) else [value if isinstance(value, (str, Calls)) else json.dumps(value)]
     model.script = script
@@ -9723,7 +9731,7 @@ def test_a_real_cli_gives_json(name, form, real, model):
     assert json.loads(real.ask(name, WHAT, response_format=FORMS[form]).text) == {"n": 2}
     again = [body for _, body in model.asked if "A program has read your answer and refused it" in json.dumps(body)]
     assert len(again) == 1 and form_got(name, again[0])[0] == (ONE if form == "schema" else True)
-    model.script = lambda name, body: [Calls(offered(name, body)[0][0].name, wrong) if offered(name, body)[0] else wrong if isinstance(wrong, str) else json.dumps(wrong)]
+    gives(model, wrong, wrong)
     answered = real.ask(name, WHAT, response_format=FORMS[form])
     assert answered.error == (502, "server_error", "invalid_model_output", None) and answered.retry[0] == "true"
     gives(model, "plain words", "more of them")
