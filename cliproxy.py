@@ -2659,11 +2659,14 @@ class ToolServer:
         calls = self._served.get(path, ("", (), deque()))[2]
         return calls.popleft() if calls else None
 
-    def answer(self, path: str, token: str, message: Any) -> Tuple[int, Optional[Dict[str, Any]]]:
-        """(HTTP status, answer) to a JSON-RPC message, if it comes with the token of that path."""
-        known, tools, calls = self._served.get(path, ("", (), deque()))
-        if not known or not hmac.compare_digest(known.encode(), token.encode("utf-8", "replace")):
-            return 404, {"error": "there is no such path"}
+    def lets_in(self, path: str, token: str) -> bool:
+        """Is this the token of that path?"""
+        known = self._served.get(path, ("", (), deque()))[0]
+        return bool(known) and hmac.compare_digest(known.encode(), token.encode("utf-8", "replace"))
+
+    def answer(self, path: str, message: Any) -> Tuple[int, Optional[Dict[str, Any]]]:
+        """(HTTP status, answer) to a JSON-RPC message."""
+        _, tools, calls = self._served.get(path, ("", (), deque()))
         if not isinstance(message, dict):
             return 400, {"jsonrpc": "2.0", "id": None, "error": {"code": -32700, "message": "that is no JSON-RPC message"}}
         call = message.get("params")
@@ -2681,11 +2684,14 @@ class _ToolHandler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self) -> None:
+        if not self.server.owner.lets_in(self.path, self.headers.get("Authorization", "").partition(" ")[2]):
+            self.close_connection = True        # with its body unread
+            return self._send(404, {"error": "there is no such path"})
         try:
             message = json.loads(self.rfile.read(max(0, int(self.headers.get("Content-Length") or 0))))
         except (ValueError, RecursionError):
             message = None
-        self._send(*self.server.owner.answer(self.path, self.headers.get("Authorization", "").partition(" ")[2], message))
+        self._send(*self.server.owner.answer(self.path, message))
 
     def do_GET(self) -> None:
         self._send(405, None)           # no stream of the server's own messages
