@@ -258,6 +258,25 @@ Event = Union[Text, Thinking, Call, Refusal, Usage, Limit, Done, Waiting]
 SPOKEN = (Text, Thinking, Call, Refusal)        # what of an answer a client gets to see
 
 
+class CallsMade:
+    """The calls of an answer, put together from its events."""
+
+    def __init__(self) -> None:
+        self._heads: Dict[int, Call] = {}
+        self._pieces: Dict[int, List[str]] = {}
+
+    def add(self, event: Call) -> None:
+        self._heads.setdefault(event.index, event)
+        self._pieces.setdefault(event.index, []).append(event.arguments)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def parts(self) -> Tuple[CallPart, ...]:
+        """In the order of their indices, as far as they have come."""
+        return tuple(CallPart(head.id, head.name, "".join(self._pieces[index])) for index, head in sorted(self._heads.items()))
+
+
 # === Errors ==========================================================================================================
 # Every way to fail. An error is raised, never passed on as an event. A dialect turns it into its own JSON; here stand the
 # HTTP status, what OpenAI calls the type and the code (platform.openai.com/docs/guides/error-codes), and what the router makes of it.
@@ -708,7 +727,7 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "claude-stream",
           "images": true, "documents": ["application/pdf"],
-          "tools": {"prefix": "mcp__c__", "description": 2048, "live": true, "answers": true},
+          "tools": {"prefix": "mcp__c__", "description": 2048, "flat": true, "live": true, "answers": true},
           "slots": 20,
           "resident": {"conversations": 1, "memory_mb": 400},
           "argv": ["-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose", "--include-partial-messages",
@@ -1034,7 +1053,7 @@ BUILTIN_PROVIDERS = r'''{
             {"if": {"method": "rawResponseItem/completed", "params.turnId": {"match": "^(?!auto-compact)"}, "params.item.type": "reasoning"}, "keep": "params.item"},
             {"if": {"method": "rawResponse/completed", "@calls": true}, "usage": {"input": "params.usage.inputTokens", "output": "params.usage.outputTokens",
               "cached": "params.usage.cachedInputTokens", "reasoning": "params.usage.reasoningOutputTokens"}, "done": "tool_calls", "kill": true},
-            {"if": {"method": "item/tool/call"}, "skip": true},
+            {"if": {"method": "item/tool/call"}, "reply": {"contentItems": [], "success": false}, "late": true},
             {"if": {"method": "thread/tokenUsage/updated"}, "usage": {
               "input": "params.tokenUsage.last.inputTokens", "output": "params.tokenUsage.last.outputTokens",
               "cached": "params.tokenUsage.last.cachedInputTokens", "reasoning": "params.tokenUsage.last.reasoningOutputTokens"}},
@@ -1345,8 +1364,8 @@ _ENV = {"pass?": [str], "set?": {"*": _template}}
 _TIMEOUTS = {"queue?": float, "start?": float, "first?": float, "failover?": float, "idle?": float, "total?": float}
 _BREAKER = {"failures?": _not_negative, "seconds?": _not_negative, "longest?": _not_negative}
 _CALL = {"id?": str, "index?": str, "name?": _field_or_part, "arguments?": str, "served?": bool, "without?": [str]}
-_TOOLS = {"prefix?": str, "longest?": int, "description?": int, "reserved?": _regex, "any_only?": bool, "only?": bool, "live?": bool, "not_with?": [str], "answers?": bool}
-_EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "call?": _CALL, "keep?": str, "reply?": _template, "reply_after?": {"*": _event_test}, "cancel?": bool, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool, "skip?": bool,
+_TOOLS = {"prefix?": str, "longest?": int, "description?": int, "reserved?": _regex, "any_only?": bool, "flat?": bool, "only?": bool, "live?": bool, "not_with?": [str], "answers?": bool}
+_EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "call?": _CALL, "keep?": str, "reply?": _template, "reply_after?": {"*": _event_test}, "late?": bool, "cancel?": bool, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool, "skip?": bool,
                "must_be_empty?": str, "reset?": str, "limits?": [{"window": str, "used?": _path_or_number, "part?": str, "resets?": str}], "reject?": str, "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
 _STRATEGY = {"driver?": _driver_name, "name?": str, "like?": str, "own?": {"*": _template}, "profiles?": [{"*": _template}], "more_events?": [_EVENT_RULE], "strict_schemas?": bool, "argv?": _launch_args, "stdin?": _template, "images?": bool, "documents?": [str], "tools?": _TOOLS, "split?": _regex, "guard?": _regex,
@@ -1439,6 +1458,17 @@ def dig(value: Any, path: Sequence[str]) -> Any:
     return value
 
 
+def no_number(text: str) -> Any:
+    """For the Infinity and NaN that Python's JSON has and JSON has not."""
+    raise ValueError(f"{text} is no number")
+
+
+def finite(text: str) -> float:
+    """For 1e400, which Python reads as infinity and cannot write again."""
+    number = float(text)
+    return number if math.isfinite(number) else no_number(text)
+
+
 class LineTest:
     """A condition on a JSON line: {"type": "result", "error": {"exists": true}, ...}, each a path and what stands there."""
 
@@ -1479,10 +1509,10 @@ class EventRule(LineTest):
             found[key] = m.group(1) if m else found[key]
         return {**found, "arguments": self.arguments(found.get("arguments"))}
 
-    def arguments(self, given: Any) -> str:
-        """A call's arguments as JSON text, whether they come as text or as an object, of which some may be the CLI's own (`without`)."""
+    def arguments(self, given: Any, own: Sequence[str] = ()) -> str:
+        """A call's arguments as JSON text, whether they come as text or as an object; without the CLI's (`without`) that are not the tool's `own`."""
         if isinstance(given, dict):
-            without = self.row["call"].get("without", ())
+            without = set(self.row["call"].get("without", ())) - set(own)
             return json.dumps({k: v for k, v in given.items() if k not in without}, ensure_ascii=False, separators=(",", ":"))
         return given if isinstance(given, str) else ""
 
@@ -2479,7 +2509,7 @@ class Child:
 # call goes out to the client, the turn ends, and the result comes back as a turn of the history. So nothing waits for a client.
 
 WIRE_NAME = re.compile(r"[A-Za-z0-9_-]+")
-TOOL_LIMITS = {"prefix": "", "longest": 64, "description": 1 << 20, "reserved": "", "any_only": False}       # of a strategy's `tools`
+TOOL_LIMITS = {"prefix": "", "longest": 64, "description": 1 << 20, "reserved": "", "any_only": False, "flat": False}       # of a strategy's `tools`
 
 
 def wire_name(name: str, limits: Mapping[str, Any]) -> str:
@@ -2509,13 +2539,19 @@ def wired(request: Request, rules: Mapping[str, Any]) -> Tuple[Request, Dict[str
         names[wire] = name
         return wire
 
+    times: Dict[str, int] = {}          # how often an id was given to a call: some clients number them anew in each turn
+
+    def id_of(p: Any) -> str:
+        return wire_id(p.id if times.get(p.id, 1) == 1 else f"{p.id}_{times[p.id]}")
+
     def part(p: Part) -> Part:
         if isinstance(p, CallPart):
-            return replace(p, id=wire_id(p.id), name=renamed(p.name))
-        return replace(p, id=wire_id(p.id), name=renamed(p.name) if p.name else "") if isinstance(p, ResultPart) else p
+            times[p.id] = times.get(p.id, 0) + 1
+            return replace(p, id=id_of(p), name=renamed(p.name))
+        return replace(p, id=id_of(p), name=renamed(p.name) if p.name else "") if isinstance(p, ResultPart) else p
 
     def tool(t: Tool) -> Tool:
-        most, schema = limits["description"], object_schema(t.schema)
+        most, schema = limits["description"], object_schema(t.schema, limits["flat"])
         if len(t.description) > most:       # claude cuts it there; a schema may have a description too
             schema = {**schema, "description": t.description[most:] + str(schema.get("description", ""))}
         return replace(t, name=renamed(t.name), description=t.description[:most] or t.name, schema=schema)
@@ -2529,9 +2565,35 @@ def wired(request: Request, rules: Mapping[str, Any]) -> Tuple[Request, Dict[str
     return replace(request, messages=messages, tools=tools, params=params), names
 
 
-def object_schema(schema: Mapping[str, Any]) -> Dict[str, Any]:
-    """The schema with "type": "object", without which claude drops all tools, and with properties, without which OpenAI's API takes none."""
-    return {**schema, "type": "object", **({} if "properties" in schema or schema.keys() & {"anyOf", "oneOf", "allOf", "$ref"} else {"properties": {}})}
+def tidy_schema(schema: Any) -> Any:
+    """The schema without what is none in it, such as the null for an empty list of a Go client, the [] for an empty object of PHP: one such tool, and a
+    CLI drops all of them. What was meant stays."""
+    if not isinstance(schema, dict):
+        return {} if schema is True else {"not": {}} if schema is False else schema
+    out = {}
+    for key, value in schema.items():
+        if key in ("properties", "$defs", "definitions", "patternProperties"):
+            rows = value.items() if isinstance(value, dict) else ()
+            out[key] = {name: tidy_schema(one) if isinstance(one, (dict, bool)) else {} for name, one in rows if name != "__proto__"}
+        elif key == "required":
+            out.update({key: [name for name in value if isinstance(name, str)]} if isinstance(value, list) else {})
+        elif key in ("anyOf", "oneOf", "allOf", "prefixItems") and isinstance(value, list):
+            out[key] = [tidy_schema(one) for one in value if isinstance(one, (dict, bool))]
+        elif key in ("items", "not") and isinstance(value, dict):
+            out[key] = tidy_schema(value)
+        elif key not in ("description", "title") or isinstance(value, str):
+            out[key] = value
+    return out
+
+
+def object_schema(schema: Mapping[str, Any], flat: bool = False) -> Dict[str, Any]:
+    """The schema with "type": "object", without which claude drops all tools, and with properties, without which OpenAI's API takes none; if `flat`,
+    without alternatives at its root, which Anthropic's API refuses: there they are said in words."""
+    out = {**tidy_schema(schema), "type": "object"}
+    unions = {key: out.pop(key) for key in ("anyOf", "oneOf", "allOf") if flat and key in out}
+    if unions:
+        out["description"] = f"{out.get('description', '')}\nThe arguments have to fit this JSON Schema: {json.dumps(unions, ensure_ascii=False)}".lstrip()
+    return {**out, **({} if "properties" in out or out.keys() & {"anyOf", "oneOf", "allOf", "$ref"} else {"properties": {}})}
 
 
 def unwired(events: Iterator[Event], names: Mapping[str, str], prefix: str) -> Iterator[Event]:
@@ -2544,7 +2606,7 @@ def unwired(events: Iterator[Event], names: Mapping[str, str], prefix: str) -> I
             silent[event.index] = event
         if isinstance(event, Call) and event.arguments:
             silent.pop(event.index, None)
-        if isinstance(event, Done):
+        if isinstance(event, Done) and event.reason == "tool_calls":
             for call in silent.values():
                 yield Call(call.index, arguments="{}")
         yield event
@@ -2629,6 +2691,9 @@ def mcp_answer(message: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -
     return {"jsonrpc": "2.0", "id": number, **answer}
 
 
+MAX_CALL = 64 << 20         # bytes of a call that a CLI makes
+
+
 class ToolServer:
     """An MCP server on a loopback port of its own, for CLIs that ask for tools over HTTP ("streamable HTTP", plain JSON answers). What it
     serves to one conversation stands under a path that nobody can guess, and takes a token besides. For any thread; starts when needed."""
@@ -2688,7 +2753,7 @@ class _ToolHandler(BaseHTTPRequestHandler):
             self.close_connection = True        # with its body unread
             return self._send(404, {"error": "there is no such path"})
         try:
-            message = json.loads(self.rfile.read(max(0, int(self.headers.get("Content-Length") or 0))))
+            message = json.loads(self.rfile.read(min(MAX_CALL, max(0, int(self.headers.get("Content-Length") or 0)))))
         except (ValueError, RecursionError):
             message = None
         self._send(*self.server.owner.answer(self.path, message))
@@ -2742,7 +2807,7 @@ def reasoning_of(message: Message, kept: Kept) -> List[Any]:
 def arguments_of(call: CallPart) -> Dict[str, Any]:
     """A call's arguments, for an API that takes an object only. What the model wrote instead of one is no less part of the history."""
     try:
-        value = json.loads(call.arguments or "{}")
+        value = json.loads(call.arguments or "{}", parse_constant=no_number, parse_float=finite)
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {"invalid_arguments": call.arguments}
@@ -3345,7 +3410,7 @@ class RuleReader:
     def __init__(self, turn: Turn, strategy: Strategy):
         self._provider, self._strategy = turn.provider, strategy
         self._held, self._reset, self._seen_text, self._unknown = "", None, False, 0    # type: Tuple[str, Optional[float], bool, int]
-        self._has_tools = bool(turn.request.tools)
+        self._has_tools, self._wanted = bool(turn.request.tools), [tool.name for tool in turn.request.tools] if strategy.tools else []
         self._calls: Dict[Any, int] = {}            # what the CLI calls a tool call by -> its index
         self._reasoning: List[Any] = []             # what led to them, and has to be replayed with them
 
@@ -3380,6 +3445,11 @@ class RuleReader:
         row, paths = rule.row, rule.paths
         if "error" in row:
             raise self._reported(rule, line)
+        if "must_be_empty" in paths:
+            listed = dig(line, paths["must_be_empty"])
+            missing = [name for name in self._wanted if name not in listed] if isinstance(listed, list) else []
+            if missing:
+                raise Unfit(f"{self._provider.name} does not take all of the `tools`", f"it leaves out {', '.join(missing)}", "look at the schema, or use another model", param="tools")
         if "must_be_empty" in paths and not self._ours(dig(line, paths["must_be_empty"])):
             raise Crashed(f"{self._provider.name} started with tools switched on", _show(dig(line, paths["must_be_empty"])),
                           "it was stopped, because behind this proxy a CLI is a model and no agent: check its version with `cliproxy.py doctor`")
@@ -3623,6 +3693,7 @@ DRIVERS: Dict[str, Any] = {"jsonl": JsonLines, "text": PlainText}
 # CLI still has to say about it is read and dropped, and then the conversation may go on, or the process serve another.
 
 MAX_UNREAD = 8 << 20        # bytes a turn may leave unread in its mailbox before it is given up: its client reads too slowly
+LATE_REPLY = 20.0           # seconds of silence after which a call that should have ended the turn is answered after all
 SETTLE_SECONDS = 10.0       # a CLI that has not ended a turn so long after its cancellation is replaced
 START_BACKOFF = (1.0, 60.0) # seconds to the next try after a failed start: the first, doubled each time, at most the second
 MAX_PROFILES = 64           # parameter sets that residents of one provider are started with
@@ -4001,8 +4072,10 @@ class Talk(RuleReader):
         self._awaited = [LineTest(rule.row["reply_after"]) for rule in strategy.events if "reply_after" in rule.row]
         self._replies: List[Mapping[str, Any]] = []     # that wait for such a line
         self._may_reply = False                     # it has come
+        self._last_replies: List[Mapping[str, Any]] = []       # that are sent only if nothing else comes
+        self._heard_at = time.monotonic()
         self._said: List[str] = []
-        self._made: Dict[int, CallPart] = {}        # the calls of the answer
+        self._made = CallsMade()                    # in the answer
         self._served: Tuple[str, str, str] = ("", "", "")       # path, URL, token of its tools at the tool server
         self._opening = not conversation.seen and not conversation.spare
         self._box.overflow = self._give_up
@@ -4189,7 +4262,9 @@ class Talk(RuleReader):
             result = {"outcome": {"outcome": "selected", "optionId": chosen} if chosen else {"outcome": "cancelled"}}
         elif "reply" in row:
             result = fill(row["reply"], lambda name, arg: self._in_line(line, name, arg))
-        if "reply_after" in row and not self._may_reply:
+        if row.get("late"):
+            self._last_replies.append(self._wire.reply(line, result))
+        elif "reply_after" in row and not self._may_reply:
             self._replies.append(self._wire.reply(line, result))
         elif result is not None or not row.get("skip"):
             self._resident.send([self._wire.reply(line, result)])
@@ -4205,7 +4280,7 @@ class Talk(RuleReader):
         return MISSING if value is None else value
 
     def _passed(self, line: Mapping[str, Any]) -> None:
-        """Is this a line that ends the turn, or one that replies wait for?"""
+        """Count the line if it ends the turn, and send the replies that have waited for it."""
         if self._end is not None and self._end.fits(line):
             self._talk.owed -= 1
         for test in self._awaited:
@@ -4233,8 +4308,11 @@ class Talk(RuleReader):
         """For `served`: the next call that the CLI has made at our tool server, because what it says of it is for people, and shortened."""
         if not rule.row["call"].get("served"):
             return rule.call(line)
-        call = self._resident.pool.tool_server.taken(self._served[0])
-        return {"name": call["name"], "arguments": rule.arguments(call.get("arguments"))} if call else {"arguments": ""}
+        call, prefix = self._resident.pool.tool_server.taken(self._served[0]), (self._strategy.tools or {}).get("prefix", "")
+        if call is None:
+            return {"arguments": ""}
+        tool = next((tool for tool in self._turn.request.tools if tool.name == prefix + call["name"]), None)
+        return {"name": call["name"], "arguments": rule.arguments(call.get("arguments"), tuple(tool.schema.get("properties", ())) if tool else ())}
 
     def events(self) -> Iterator[Event]:
         """Events as they come, a Done last. Closing it interrupts the turn; the process survives."""
@@ -4270,7 +4348,11 @@ class Talk(RuleReader):
                 self._box.wait(self._scope)
                 if self._scope.silent():
                     yield Waiting()
+                if self._last_replies and time.monotonic() - self._heard_at >= LATE_REPLY:
+                    replies, self._last_replies = self._last_replies, []
+                    self._resident.send(replies)
                 continue
+            self._heard_at = time.monotonic()
             try:
                 pieces += self._line(self._checked(line))
             except (ProxyError, ResidentGone):
@@ -4308,8 +4390,7 @@ class Talk(RuleReader):
             if isinstance(event, Text):
                 self._said.append(event.text)
             elif isinstance(event, Call):
-                made = self._made.setdefault(event.index, CallPart(event.id, event.name, ""))
-                self._made[event.index] = replace(made, arguments=made.arguments + event.arguments)
+                self._made.add(event)
             self._thought = self._thought or isinstance(event, Thinking)
             if isinstance(event, Done) and not self._seen_text and not self._calls and self._unknown:
                 raise FormatChanged(f"{self._unknown} lines of unknown types and no text")
@@ -4348,10 +4429,11 @@ class Talk(RuleReader):
     def _finish(self) -> None:
         """The answer is whole: the conversation may be gone on with, if what it holds is what the client has seen. After calls reasoning
         does not count against that: services want it to stay with them."""
-        known = {tool.name for tool in self._turn.request.tools}        # claude answers any other call itself, and asks its model again
-        self._asked = self._asked and bool(self._made) and not all(c.name in known and "invalid_arguments" not in arguments_of(c) for c in self._made.values())
+        request, calls, known = self._turn.request, self._made.parts(), {tool.name for tool in self._turn.request.tools}
+        goes_on = any(call.name not in known or "invalid_arguments" in arguments_of(call) for call in calls)     # claude answers such calls itself, and asks again
+        self._asked = self._asked and goes_on       # then _leave() interrupts it
         self._talk.turns += 1
-        messages, request, calls = self._turn.request.messages, self._turn.request, tuple(self._made.values())
+        messages = request.messages
         self._talk.seen = len(messages) + 1
         said = (TextPart("".join(self._said)),) if self._said else ()
         for call in calls[:1] if self._reasoning else ():
@@ -4437,10 +4519,12 @@ class Talk(RuleReader):
 
 
 def joined(events: Sequence[Event]) -> Iterator[Event]:
-    """The same events, neighbouring pieces of text, and of thinking, put together."""
-    for kind, group in itertools.groupby(events, type):
+    """The same events, neighbouring pieces of text, of thinking, and of one call's arguments, put together."""
+    for (kind, index), group in itertools.groupby(events, lambda e: (type(e), e.index if isinstance(e, Call) and not e.name else None)):
         if kind in (Text, Thinking):
             yield kind("".join(e.text for e in group))      # type: ignore[union-attr]
+        elif index is not None:
+            yield Call(index, arguments="".join(e.arguments for e in group))        # type: ignore[union-attr]
         else:
             yield from group
 
@@ -4900,7 +4984,7 @@ class FileStore:
         path = self._path(kind, name)
         try:
             with open(path, encoding="utf-8") as f:
-                value = json.load(f, parse_constant=_no_number)
+                value = json.load(f, parse_constant=no_number)
             check(value, {"version": int, "expires?": float, "*": lambda *_: None}, "$")
         except FileNotFoundError:
             return None
@@ -5037,11 +5121,6 @@ class FileStore:
 def state_name(*words: str) -> str:
     """The name of an object that belongs to these words: a hash, because they may be anything."""
     return hashlib.sha256("\0".join(words).encode("utf-8", "replace")).hexdigest()[:40]
-
-
-def _no_number(text: str) -> Any:
-    """For the Infinity and NaN that Python's JSON has and JSON has not."""
-    raise ValueError(f"{text} is no number")
 
 
 # === Redis ===========================================================================================================
@@ -5246,7 +5325,7 @@ class RedisStore:
         if text is None:
             return None
         try:
-            value = json.loads(text, parse_constant=_no_number)
+            value = json.loads(text, parse_constant=no_number)
             check(value, {"version": int, "*": lambda *_: None}, "$")
         except (ValueError, RecursionError, ConfigError) as e:
             self.set_aside(kind, name, str(e), text)
@@ -5870,7 +5949,7 @@ def _value_misfit(value: Any, schema: Mapping[str, Any], path: Tuple[Union[str, 
     if kind == "string":
         pattern, form = schema.get("pattern"), schema.get("format")
         regex = _javascript_regex(pattern)
-        if regex and not regex.search(value):
+        if regex and len(value) <= MAX_MATCHED and not regex.search(value):
             return _Misfit(path, f"a string that matches {pattern}", _shown(value))
         if isinstance(form, str) and form in _FORMATS and not _FORMATS[form][0](value):
             return _Misfit(path, _FORMATS[form][1], _shown(value))
@@ -5999,7 +6078,8 @@ _LIMITS: Sequence[Tuple[str, str, Callable[[Any, Any], bool], str]] = (
 _JAVASCRIPT = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\$|\(\?<(?=[A-Za-z_$])", re.S)
 
 
-_REPEATED_TWICE = re.compile(r"[+*}]\??[^(]*\)[+*{]")      # as in (a+)+, which may take for ever, and nobody else could be served meanwhile
+_UNBOUNDED = re.compile(r"[*+]|\{\d+,\}")
+MAX_MATCHED = 2000          # characters of a string that is held against a pattern; both come from clients, and while one is matched no other thread runs
 
 
 def _javascript_regex(pattern: Any) -> Optional[re.Pattern[str]]:
@@ -6010,8 +6090,8 @@ def _javascript_regex(pattern: Any) -> Optional[re.Pattern[str]]:
         if found[0] == "[":
             return "[" + re.sub(r"\\.|[\[&|~]", lambda inner: inner.group() if inner.group()[0] == "\\" else "\\" + inner.group(), found[1:], flags=re.S)
         return {"$": r"\Z", "(?<": "(?P<"}.get(found, found)
-    if not isinstance(pattern, str) or _REPEATED_TWICE.search(pattern):
-        return None
+    if not isinstance(pattern, str) or len(_UNBOUNDED.findall(pattern)) > 2 or re.search(r"\)[*+{]", pattern) and re.search(r"[|?*+{].*\)[*+{]", pattern, re.S):
+        return None                         # it may take more than quadratic time: (a+)+, (a|a)*
     try:
         return re.compile(_JAVASCRIPT.sub(python, pattern), re.A)
     except (re.error, OverflowError, RecursionError):
@@ -6067,19 +6147,13 @@ def parsed_json(text: str) -> Any:
     if not text:
         raise ValueError("it is empty")
     try:
-        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        return json.loads(text, parse_constant=no_number, parse_float=finite)
     except json.JSONDecodeError as e:
         raise ValueError(f"it is not JSON: {e.msg} at line {e.lineno} column {e.colno}") from None
     except ValueError as e:
         raise ValueError(f"it is not JSON: {e}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def _finite(text: str) -> float:
-    """For 1e400, which Python reads as infinity and cannot write again."""
-    number = float(text)
-    return number if math.isfinite(number) else _no_number(text)
 
 
 JSON_PROMPT = """\
@@ -6316,10 +6390,10 @@ def in_words(request: Request, how: Mapping[str, str], strategy: Strategy) -> Re
     tools, messages, params, words = request.tools, request.messages, dict(request.params), []
     choice, form, rules = params.get("tool_choice"), params.get("response_format"), strategy.tools or {}
     if how.get("tools") == "emulated":
-        words += [tools_prompt(tools, choice, params.get("parallel_tool_calls") is not False)] if choice != "none" else []
+        words += [tools_prompt(chosen(tools, choice), choice, params.get("parallel_tool_calls") is not False)] if choice != "none" else []
         messages, tools = messages_in_text(messages), ()
     elif how.get("tool_choice") == "emulated":
-        tools, words = ((), words) if choice == "none" else (tools, [choice_prompt(choice, rules)])
+        tools, words = chosen(tools, choice), [] if choice == "none" else [choice_prompt(choice, rules)]
     if form is not None and how.get("response_format") == "emulated":
         if rules.get("answers") and choice in (None, "required") and schema_of(form).get("type") == "object":
             answer = replace(ANSWER_TOOL, name=next(name for name in (ANSWER_TOOL.name + "_" * n for n in itertools.count()) if name not in [t.name for t in tools]),
@@ -6333,6 +6407,11 @@ def in_words(request: Request, how: Mapping[str, str], strategy: Strategy) -> Re
     return replace(request, messages=messages, tools=tools, params=params)
 
 
+def chosen(tools: Tuple[Tool, ...], choice: Any) -> Tuple[Tool, ...]:
+    """The tools that a tool_choice leaves to choose from."""
+    return () if choice == "none" else tuple(tool for tool in tools if not isinstance(choice, dict) or tool.name == choice["name"])
+
+
 def choice_prompt(choice: Any, rules: Mapping[str, Any]) -> str:
     """tool_choice in words, for a CLI that has tools but no such parameter."""
     which = f"the tool {wire_name(choice['name'], {**TOOL_LIMITS, **rules})}" if isinstance(choice, dict) else "at least one of your tools"
@@ -6343,7 +6422,7 @@ def must_call(events: Iterator[Event], last: bool) -> Iterator[Event]:
     """The same events of an answer that has to make a call; Unclear if it makes none, unless it was the last try."""
     said: List[Event] = []
     called = last
-    for event in held_quietly(events):
+    for event in events:
         called = called or isinstance(event, Call)
         if isinstance(event, Text) and not called:
             said.append(event)
@@ -6384,7 +6463,7 @@ def checked_answer(events: Iterator[Event], form: Mapping[str, Any], hold: bool)
     """The same events of an answer that has to be JSON: it is checked before its Done. With `hold` none of it goes out before, and Unclear is
     raised if it is not as `form` (a response_format) asks; without, InvalidAnswer."""
     said: List[str] = []
-    for event in held_quietly(events) if hold else events:
+    for event in events:
         if isinstance(event, Text):
             said.append(event.text)
             if hold:
@@ -6696,7 +6775,7 @@ class Answer:
         self.errors: List[ProxyError] = []
         self.seams: List[int] = []
         self.said: List[str] = []                               # the pieces of text that the client has
-        self.calls: Dict[int, CallPart] = {}                    # the tool calls, as far as it has them, by index
+        self.calls = CallsMade()                                # the tool calls, as far as it has them
         self.thought = self.estimated = False
         self.checkpoint = ""                                    # which turns went out in summary
         self.total: Optional[Usage] = None                      # of the whole answer, once that is there
@@ -6712,7 +6791,7 @@ class Answer:
     def message(self) -> Message:
         """The answer so far, as a turn of the conversation."""
         said = "".join(self.said)
-        return Message("assistant", (*((TextPart(said),) if said else ()), *(self.calls[index] for index in sorted(self.calls))))
+        return Message("assistant", (*((TextPart(said),) if said else ()), *self.calls.parts()))
 
     @property
     def usage(self) -> Usage:
@@ -6739,8 +6818,7 @@ class Answer:
                 elif isinstance(event, Thinking):
                     self.thought = True
                 elif isinstance(event, Call):
-                    made = self.calls.setdefault(event.index, CallPart(event.id, event.name, ""))
-                    self.calls[event.index] = replace(made, arguments=made.arguments + event.arguments)
+                    self.calls.add(event)
                 elif isinstance(event, Done):
                     self._estimate()
                 yield event
@@ -6754,7 +6832,7 @@ class Answer:
         if usage.input is None or usage.output is None or self.seams:
             self.estimated = True
             asked = "".join(p.text for m in self.request.messages for p in m.parts if isinstance(p, (TextPart, ResultPart)))
-            said += "".join(call.name + call.arguments for call in self.calls.values())
+            said += "".join(call.name + call.arguments for call in self.calls.parts())
             usage = Usage(estimate_tokens(asked), estimate_tokens(said)).merged(usage)
         self.total = usage
 
@@ -7244,19 +7322,21 @@ class Router:
         """One strategy's answer in the form that the client wants. What the CLI has no way in for is asked for in words, and what comes
         is checked; if it is not as it has to be, the model is told so and asked once more."""
         request, how = attempt.turn.request, attempt.params
-        asked, form = in_words(request, how, strategy), request.params.get("response_format")
+        asked, form, choice = in_words(request, how, strategy), request.params.get("response_format"), request.params.get("tool_choice")
+        alone = request.params.get("parallel_tool_calls") is False
+        must = how.get("tool_choice") == "emulated" and choice != "none"
+        hold = form is not None and not (request.stream and how["response_format"] == "native")
         for last in (False, True):
             with contextlib.closing(self._in_a_slot(attempt, replace(attempt.turn, request=asked), strategy, binary)) as source:
-                events: Iterator[Event] = source
+                events: Iterator[Event] = held_quietly(source) if hold or must else source
                 if how.get("tools") == "emulated":
-                    events = text_calls(events, request.tools, request.params.get("parallel_tool_calls") is not False, last)
-                elif how.get("parallel_tool_calls") == "emulated" or request.old_functions:
-                    events = one_call(events)
-                if how.get("tools") == "native" and how.get("tool_choice") == "emulated" and request.params["tool_choice"] != "none":
+                    events = text_calls(events, chosen(request.tools, choice), not alone, last)
+                elif alone:
+                    events = one_call(events)           # some services do not heed it
+                if must:
                     events = must_call(events, last)
                 if form is not None:
-                    events = answer_of(events, asked.tools[len(request.tools):])
-                    events = checked_answer(events, form, hold=not (request.stream and how["response_format"] == "native"))
+                    events = checked_answer(answer_of(events, [tool for tool in asked.tools if tool not in request.tools]), form, hold)
                 try:
                     yield from events
                     return
@@ -8014,7 +8094,7 @@ class ChatCompletions:
                 raise BadRequest(f"`{path}.type` {_show(kind)} is not supported", "a tool has to be a function, or a custom tool, of the client's", param=f"{path}.type", code="unsupported_value")
             nested = not old and isinstance(row.get(kind), dict)
             function, path = (row[kind], f"{path}.{kind}") if nested else (row, path)
-            name, schema = function.get("name"), function.get("parameters") if kind == "function" else CUSTOM_SCHEMA
+            name, schema = function.get("name"), function.get("parameters", function.get("input_schema")) if kind == "function" else CUSTOM_SCHEMA
             if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
                 raise BadRequest(f"`{path}.name` must be a name of 1 to {MAX_NAME} characters", f"found {_show(name)}", param=f"{path}.name")
             if name in [tool.name for tool in tools]:
@@ -8026,7 +8106,7 @@ class ChatCompletions:
             said = _clean(description) if isinstance(description, str) else ""
             if kind == "custom" and dig(function, ("format", "type")) == "grammar":
                 said += f"\nThe input has to fit this grammar: {_clean(json.dumps(function['format'], ensure_ascii=False))}"
-            tools.append(Tool(name, said, schema or {}, strict if isinstance(strict, bool) else None, kind == "custom"))
+            tools.append(Tool(name, said, _clean_all(schema or {}), strict if isinstance(strict, bool) else None, kind == "custom"))
         return tuple(tools)
 
     @staticmethod
@@ -8034,7 +8114,10 @@ class ChatCompletions:
         """(tool_choice as Request.params has it, None for auto; the tools, or those that it allows)."""
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
             allowed = choice.get("allowed_tools") if isinstance(choice.get("allowed_tools"), dict) else choice
-            names = [_name_in(row) for row in allowed.get("tools") or ()]
+            rows = allowed.get("tools")
+            names = [_name_in(row) for row in rows] if isinstance(rows, list) else []
+            if not names or not all(name in [tool.name for tool in tools] for name in names):
+                raise BadRequest("`tool_choice.allowed_tools.tools` must be a list of some of the `tools`", f"found {_show(rows)}", param="tool_choice")
             choice, tools = allowed.get("mode", "auto"), tuple(tool for tool in tools if tool.name in names)
         name = _name_in(choice)
         if choice in (None, "auto"):
@@ -8095,11 +8178,10 @@ class ChatCompletions:
             raise BadRequest("`response_format.json_schema.schema` must be an object", f"found {_show(form)}", param="response_format.json_schema.schema")
         if _deeper_than(form, MAX_DEPTH):
             raise BadRequest("`response_format.json_schema.schema` is nested too deeply", f"the limit is {MAX_DEPTH} levels", param="response_format.json_schema.schema")
-        return form
+        return _clean_all(form)
 
     def _messages(self, rows: Iterable[Any]) -> Tuple[Message, ...]:
-        """All messages; in parse(): parsed = self._messages(_numbered(messages)). What tools have shown comes after all results of their turn, for
-        nothing may stand between a call and its result."""
+        """All messages. What tools have shown comes after all results of their turn, for nothing may stand between a call and its result."""
         parsed: List[Message] = []
         shown: List[Message] = []
         for i, raw in enumerate(rows):
@@ -8187,20 +8269,24 @@ class ChatCompletions:
         """A Responses API body as a chat body: `input`, `instructions`, and the fields that have other names there."""
         items = body["input"]
         messages: List[Any] = [{"role": "system", "content": body["instructions"]}] if isinstance(body.get("instructions"), str) else []
+        open_turn: List[Any] = []       # the calls of the turn that is not over yet
         for item in [{"role": "user", "content": items}] if isinstance(items, str) else items if isinstance(items, list) else []:
             kind = item.get("type") if isinstance(item, dict) else None
             if kind in ("function_call", "custom_tool_call"):
                 keys = ("name", "arguments") if kind == "function_call" else ("name", "input")
                 call = {"id": item.get("call_id"), "function" if kind == "function_call" else "custom": {key: item.get(key) for key in keys}}
-                if messages and isinstance(messages[-1], dict) and messages[-1].get("tool_calls"):      # made in one turn
-                    messages[-1]["tool_calls"].append(call)
+                if not open_turn:
+                    open_turn = [call]
+                    messages.append({"role": "assistant", "tool_calls": open_turn})
                 else:
-                    messages.append({"role": "assistant", "tool_calls": [call]})
+                    open_turn.append(call)          # made in the same turn
             elif kind in ("function_call_output", "custom_tool_call_output"):
-                out = item.get("output")
+                out, open_turn = item.get("output"), []
                 messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": out if isinstance(out, (str, list)) else json.dumps(out)})
             elif kind != "reasoning":
-                messages.append(item)
+                said = bool(open_turn) and isinstance(item, dict) and item.get("role") == "assistant"
+                messages.insert(len(messages) - said, item)         # between two calls of a turn: before both
+                open_turn = open_turn if said else []
         form = dig(body, ("text", "format"))
         if isinstance(form, dict) and form.get("type") == "json_schema":
             form = {"type": "json_schema", "json_schema": form}
@@ -8272,9 +8358,10 @@ class ChatCompletions:
             message: Dict[str, Any] = {"role": "assistant", "content": text or (None if answer.calls or refused else ""), "refusal": refused or None}
             if thought:
                 message["reasoning_content"] = thought
+            custom = {tool.name for tool in request.tools if tool.custom}
             calls: List[Dict[str, Any]] = [
-                {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": _custom_input(call.arguments)}} if any(t.custom and t.name == call.name for t in request.tools) else
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for _, call in sorted(answer.calls.items())]
+                {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": _custom_input(call.arguments)}} if call.name in custom else
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in answer.calls.parts()]
             if calls:
                 message.update({"function_call": calls[0]["function"]} if request.old_functions else {"tool_calls": calls})
             choices.append({"index": i, "message": message, "logprobs": None, "finish_reason": self._finish(request, answer.finish)})
@@ -8304,6 +8391,13 @@ def _clean(text: str) -> str:
     return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
 
 
+def _clean_all(value: Any) -> Any:
+    """The JSON value with all its strings and names clean."""
+    if isinstance(value, dict):
+        return {_clean(k): _clean_all(v) for k, v in value.items()}
+    return [_clean_all(v) for v in value] if isinstance(value, list) else _clean(value) if isinstance(value, str) else value
+
+
 CUSTOM_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"], "additionalProperties": False}
 
 
@@ -8326,7 +8420,7 @@ def _numbered(messages: Sequence[Any]) -> Iterator[Any]:
     last: Dict[Any, str] = {}
     for i, raw in enumerate(messages):
         if isinstance(raw, dict) and isinstance(raw.get("function_call"), dict) and not raw.get("tool_calls"):
-            last[raw["function_call"].get("name")] = f"call_{i}"
+            last[str(raw["function_call"].get("name"))] = f"call_{i}"
             raw = {**raw, "tool_calls": [{"id": f"call_{i}", "function": raw["function_call"]}]}
         elif isinstance(raw, dict) and raw.get("role") == "function" and isinstance(raw.get("name"), str):
             raw = {**raw, "tool_call_id": last.get(raw["name"], raw["name"])}
@@ -8416,11 +8510,11 @@ def connect_allowed(host: str, port: int, deadline: float, allowed: Callable[[Ad
         answer = found.get(timeout=max(0.0, deadline - time.monotonic()))
     except queue.Empty:
         raise socket.timeout from None
-    if isinstance(answer, Exception):
-        raise answer
+    if isinstance(answer, Exception):       # the same words, or they would tell which names there are inside
+        raise ValueError("its host has no public address")
     addresses = [ipaddress.ip_address(row[4][0].partition("%")[0]) for row in answer]
     if not all(allowed(a) for a in addresses):
-        raise ValueError("its host has an address that is not public")
+        raise ValueError("its host has no public address")
     for left in range(len(addresses), 0, -1):       # each gets its share of the time: IPv6 may lead nowhere
         try:
             return socket.create_connection((str(addresses[-left]), port), max(0.01, deadline - time.monotonic()) / left)
@@ -8735,8 +8829,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Stopping("cliproxy is stopping", "it was told to", "try again in a moment", retry_after=5, close=True)
         assert dialect is not None
         try:
-            body = json.loads(self._body())
-        except (ValueError, RecursionError) as e:       # no UTF-8, no JSON, a number of 5,000 digits
+            body = json.loads(self._body(), parse_constant=no_number, parse_float=finite)
+        except (ValueError, RecursionError) as e:       # no UTF-8, no JSON, NaN, 1e999, a number of 5,000 digits
             raise BadRequest("we could not parse the JSON body of your request", str(e), code="invalid_json") from None
         request, state = dialect.parse(body, self._fields.get("key", "")), self.server.state
         deadline, most = time.monotonic() + FETCH_SECONDS, min(FETCH_BYTES, state.settings.max_body)

@@ -5110,7 +5110,7 @@ def test_an_answer_that_has_to_make_a_call_is_asked_for_once_more_if_it_makes_no
 
 
 GIVEN = [Call(0, "i", "give_answer"), Call(0, arguments='{"n":'), Call(0, arguments="1}")]
-ANSWERS = (cliproxy.ANSWER_TOOL,)
+ANSWER_TOOLS = (cliproxy.ANSWER_TOOL,)
 
 
 @pytest.mark.parametrize("events, out", [
@@ -5118,7 +5118,7 @@ ANSWERS = (cliproxy.ANSWER_TOOL,)
     ([*GIVEN, Done("length")], [Text('{"n":1}'), Done("length")]), ([Text("no"), Done("content_filter")], [Text("no"), Done("content_filter")]), ([Text("plain"), Done("stop")], [Text("plain"), Done("stop")]),
     ([Text("a"), *GIVEN, Call(1, "j", "f"), Call(1, arguments="{}"), Done("tool_calls")], [Call(0, "j", "f"), Call(0, arguments="{}"), Text("a"), Done("tool_calls")])])
 def test_what_is_passed_to_the_tool_for_the_answer_is_the_answer_unless_the_clients_are_called(events, out):
-    assert list(cliproxy.answer_of(iter(events), ANSWERS)) == out
+    assert list(cliproxy.answer_of(iter(events), ANSWER_TOOLS)) == out
     assert list(cliproxy.answer_of(iter(events), ())) == events
 
 
@@ -7625,7 +7625,7 @@ def test_a_host_is_looked_up_once_and_connected_to_where_that_led(site, hosts):
 def test_no_connection_is_made_when_one_address_is_not_public(hosts, monkeypatch, host, addresses):
     hosts.update({host: addresses} if addresses else {})
     monkeypatch.setattr(cliproxy.socket, "create_connection", lambda *a: pytest.fail("it connected"))
-    assert why_not(80, host=host, allowed=cliproxy.is_public) == "its host has an address that is not public"
+    assert why_not(80, host=host, allowed=cliproxy.is_public) == "its host has no public address"
 
 
 def test_the_next_address_is_tried_when_one_does_not_answer(site, hosts):
@@ -7648,7 +7648,7 @@ def test_a_redirect_is_followed_to_the_end_but_not_for_ever(site):
 @pytest.mark.parametrize("to, words", [
     *((url, "it is not an http(s) URL, or has a user name in it, or over 8000 characters")
       for url in ("file:///etc/passwd", "ftp://127.0.0.1/x", "http://a:b@127.0.0.1/", "http://127.0.0.1/" + "a" * 8000)),
-    ("http://[::1]:9/", "its host has an address that is not public")])
+    ("http://[::1]:9/", "its host has no public address")])
 def test_where_a_redirect_leads_is_looked_at_like_the_url_itself(site, to, words):
     allowed = []
     assert why_not(site(http_answer(b"", f"Location: {to}\r\n", "302 Found")), allowed=lambda a: allowed.append(str(a)) or a.version == 4) == words
@@ -8104,7 +8104,7 @@ def test_a_url_of_this_machine_is_refused_though_urls_are_allowed(serve, site):
     for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"127.0.0.1:{proxy.port}", "169.254.169.254"):
         answered = proxy.ask("claude", [{"role": "user", "content": [image_at(f"http://{host}/SECRET")]}])
         assert answered.error == (400, "invalid_request_error", "invalid_image_url", AT + ".image_url")
-        assert "its host has an address that is not public" in answered.message
+        assert "its host has no public address" in answered.message
     assert site.asked == [] and proxy.runs("claude") == 0 and "SECRET" not in proxy.log()
 
 
@@ -8744,7 +8744,7 @@ class Model:
             if isinstance(step, threading.Event):
                 step.wait(LIMIT)
             elif isinstance(step, Calls):
-                presented = [tool.name for tool in offered(name, body)[0]]
+                presented = [tool.name for tool in offered_real(name, body)[0]]
                 yield step._replace(name=step.name if step.name in presented else next((n for n in presented if n == PREFIX[name] + step.name), step.name), id=step.id or f"call_{next(IDS)}")
             else:
                 yield step
@@ -8852,7 +8852,7 @@ class Offered(typing.NamedTuple):
     schema: typing.Any
 
 
-def offered(name, body):
+def offered_real(name, body):
     """(the tools in a request, its tool_choice, what it says of parallel calls)."""
     rows = body.get("tools") or []
     if name == "gemini":
@@ -9394,7 +9394,7 @@ def with_results(messages, answered, *results):
             *({"role": "tool", "tool_call_id": id, "content": result} for (id, _, _), result in zip(calls, results))]
 
 
-def told(model, name, number=-1):
+def told_real(model, name, number=-1):
     """The conversation in a request to the model server, with the client's names of tools and without what it was said in the system prompt."""
     rows = [(role, part) for role, part in heard_in(name, model.asked[number][1]) if role != "system"]
     return [(role, (*part[:2], part[2][len(PREFIX[name]):], part[3]) if part[0] == "call" else part) for role, part in rows]
@@ -9417,13 +9417,13 @@ def test_a_call_goes_out_by_a_real_cli_and_its_result_comes_back(name, stream, r
     (id, called, arguments), = calls_made(answered)
     assert (called, json.loads(arguments)) == ("look", given)
     assert (said(answered.frames)[0][0] if stream else answered.text) == "Let me see. "
-    assert [tool.name for tool in offered(name, model.asked[0][1])[0]] == [PREFIX[name] + "look"] and told(model, name) == [("user", "What is there?")]
+    assert [tool.name for tool in offered_real(name, model.asked[0][1])[0]] == [PREFIX[name] + "look"] and told_real(model, name) == [("user", "What is there?")]
     pieces = answered.body.count(b'"tool_calls":[') if stream else None
     assert pieces in (None, 4 if name == "claude" else 2), "the arguments in pieces, where the CLI tells them so"
     assert stream or answered.json["usage"]["completion_tokens"] == TOKENS[1]
     assert real.ask(name, with_results(WHAT, answered, "miaow\n"), tools=[LOOK]).text == "A cat."
     assert len(model.asked) == 2, "one request for each leg"
-    assert [row for row in told(model, name) if row != ("assistant", "Let me see. ")] == [("user", "What is there?"), ("assistant", ("call", id, "look", given)), ("tool", ("result", id, "miaow\n"))]
+    assert [row for row in told_real(model, name) if row != ("assistant", "Let me see. ")] == [("user", "What is there?"), ("assistant", ("call", id, "look", given)), ("tool", ("result", id, "miaow\n"))]
 
 
 @every_cli
@@ -9438,7 +9438,7 @@ def test_five_rounds_of_two_calls_go_through_a_real_cli(name, real, model):
         expected += [("assistant", ("call", id, called, json.loads(arguments))) for id, called, arguments in calls]
         expected += [("tool", ("result", calls[0][0], f"saw {i}")), ("tool", ("result", calls[1][0], f"heard {i}"))]
     assert real.ask(name, messages, tools=[LOOK, LISTEN]).text == "Nothing."
-    assert told(model, name) == expected and len(model.asked) == 6
+    assert told_real(model, name) == expected and len(model.asked) == 6
 
 
 @every_cli
@@ -9449,7 +9449,7 @@ def test_large_arguments_and_results_go_through_a_real_cli(name, real, model):
     (id, _, arguments), = calls_made(answered)
     assert json.loads(arguments) == given
     assert real.ask(name, with_results(WHAT, answered, "r" * 200000), tools=[LOOK]).text == "Much."
-    assert told(model, name)[1:] == [("assistant", ("call", id, "look", given)), ("tool", ("result", id, "r" * 200000))]
+    assert told_real(model, name)[1:] == [("assistant", ("call", id, "look", given)), ("tool", ("result", id, "r" * 200000))]
 
 
 # What the model makes of its call, and what the client gets: (name, arguments), an error code, and what the model is told of it later.
@@ -9491,7 +9491,7 @@ def test_sixty_tools_get_to_the_model_of_a_real_cli(name, real, model):
     tools = [a_tool(f"tool_{i:02}", description=f"It does {i}. " * 20) for i in range(60)]
     one_after_the_other(model, [Calls("tool_59", {"at": 1})])
     assert [called for _, called, _ in calls_made(real.ask(name, WHAT, tools=tools))] == ["tool_59"]
-    assert [(t.name, t.description) for t in offered(name, model.asked[0][1])[0]] == [(PREFIX[name] + t["function"]["name"], t["function"]["description"]) for t in tools]
+    assert [(t.name, t.description) for t in offered_real(name, model.asked[0][1])[0]] == [(PREFIX[name] + t["function"]["name"], t["function"]["description"]) for t in tools]
 
 
 AWKWARD = ["café_日本", "a.b.c", "a b", "x" * 64, "y" * 100, "y" * 99 + "z", "Bash", "read_file", "exec_command", "mcp__x__y", "1st", "-dash", "__proto__", "client_exec_command"]
@@ -9500,10 +9500,10 @@ AWKWARD = ["café_日本", "a.b.c", "a b", "x" * 64, "y" * 100, "y" * 99 + "z", 
 @every_cli
 def test_a_tool_with_an_awkward_name_is_called_by_it_through_a_real_cli(name, real, model):
     tools = [a_tool(called) for called in AWKWARD]
-    model.script = lambda name, body: [Calls(tool.name, {"at": i}) for i, tool in enumerate(offered(name, body)[0])] if len(model.asked) == 1 else ["Well."]
+    model.script = lambda name, body: [Calls(tool.name, {"at": i}) for i, tool in enumerate(offered_real(name, body)[0])] if len(model.asked) == 1 else ["Well."]
     answered = real.ask(name, WHAT, tools=tools)
     assert sorted(called for _, called, _ in calls_made(answered)) == sorted(AWKWARD)
-    names = [tool.name for tool in offered(name, model.asked[0][1])[0]]
+    names = [tool.name for tool in offered_real(name, model.asked[0][1])[0]]
     assert len(set(names)) == len(AWKWARD) and all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", n) for n in names)
     assert real.ask(name, with_results(WHAT, answered, *AWKWARD), tools=tools).text == "Well." and len(model.asked) == 2
     assert [part[2] for role, part in heard_in(name, model.asked[-1][1]) if part[0] == "call"] == names
@@ -9530,7 +9530,7 @@ def test_the_schema_and_the_description_of_a_tool_get_to_the_model_of_a_real_cli
     words = {"limits": "D" * 2047 + "é" + "E" * 1000, "empty": ""}
     one_after_the_other(model, REPLY)
     assert real.ask(name, WHAT, tools=[a_tool(key, schema, words.get(key, f"The {key} one.")) for key, (schema, _) in SCHEMAS.items()]).text == "".join(REPLY)
-    got = {tool.name[len(PREFIX[name]):]: tool for tool in offered(name, model.asked[0][1])[0]}
+    got = {tool.name[len(PREFIX[name]):]: tool for tool in offered_real(name, model.asked[0][1])[0]}
     assert set(got) == set(SCHEMAS)
     for key, (schema, changed) in SCHEMAS.items():
         has, description = dict(got[key].schema), words.get(key, f"The {key} one.") or key
@@ -9559,7 +9559,7 @@ def test_a_tool_choice_gets_to_the_model_of_a_real_cli(name, choice, real, model
     one_after_the_other(model, ["words"] if choice == "none" else [Calls("listen", {"at": 1})])
     answered = real.ask(name, WHAT, tools=[LOOK, LISTEN], tool_choice={"type": "function", "function": {"name": "listen"}} if choice == "listen" else choice)
     assert answered.text == "words" if choice == "none" else [call[1] for call in calls_made(answered)] == ["listen"]
-    tools, got, _ = offered(name, model.asked[0][1])
+    tools, got, _ = offered_real(name, model.asked[0][1])
     assert (sorted(t.name[len(PREFIX[name]):] for t in tools), got) == (sorted(CHOICES[name][choice][0]), CHOICES[name][choice][1])
     how = dict(p.split("=") for p in answered.headers["x-cliproxy-params"].split(", "))
     assert how["tool_choice"] == ("emulated" if name == "codex" else "native") and how["tools"] == "native"
@@ -9578,7 +9578,7 @@ def test_the_model_of_a_real_codex_that_has_to_call_and_does_not_is_told_so_once
 def test_no_more_than_one_call_gets_through_a_real_cli_where_no_more_is_wanted(name, real, model):
     one_after_the_other(model, [Calls("look", {"at": 1}), Calls("listen", {"at": 2})])
     calls = calls_made(real.ask(name, WHAT, tools=[LOOK, LISTEN], parallel_tool_calls=False))
-    _, choice, said_so = offered(name, model.asked[0][1])
+    _, choice, said_so = offered_real(name, model.asked[0][1])
     asked_for = {"claude": said_so is True and choice == {"type": "auto", "disable_parallel_tool_use": True}, "qwen": said_so is False}
     assert asked_for.get(name, len(calls) == 1), "the model is told, or the second call is dropped"
 
@@ -9594,7 +9594,7 @@ def first_leg(real, model, name, **more):
 def second_leg(real, model, name, messages, expected, **more):
     one_after_the_other(model, ["A cat."])
     assert real.ask(name, messages, tools=[LOOK], **more).text == "A cat." and len(model.asked) == 1
-    assert told(model, name) == expected
+    assert told_real(model, name) == expected
 
 
 @every_cli
@@ -9602,7 +9602,7 @@ def test_the_result_of_a_call_may_come_when_a_real_cli_has_long_forgotten_it(nam
     messages, expected = first_leg(real, model, name)
     for words in ("Something else", "And else"):        # claude holds one conversation in a process, and has two
         one_after_the_other(model, REPLY)
-        assert real.ask(name, words).text == "".join(REPLY) and told(model, name) == [("user", words)]
+        assert real.ask(name, words).text == "".join(REPLY) and told_real(model, name) == [("user", words)]
     second_leg(real, model, name, messages, expected)
     second_leg(real, model, name, [{"role": "user", "content": "What was there?"}, *messages[1:]], [("user", "What was there?"), *expected[1:]])
     second_leg(real, model, name, [*messages, {"role": "user", "content": "Quick!"}], [*expected, ("user", "Quick!")])
@@ -9613,7 +9613,7 @@ def test_a_call_that_nobody_comes_back_to_is_in_the_way_of_none_at_a_real_cli(na
     for _ in range(3):
         first_leg(real, model, name)
     one_after_the_other(model, REPLY)
-    assert real.ask(name, "Hi").text == "".join(REPLY) and told(model, name) == [("user", "Hi")] and len(model.asked) == 1
+    assert real.ask(name, "Hi").text == "".join(REPLY) and told_real(model, name) == [("user", "Hi")] and len(model.asked) == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/cwd"), reason="there is no /proc to tell one CLI from another")
@@ -9626,7 +9626,7 @@ def test_the_result_of_a_call_may_come_when_a_real_cli_has_been_killed(name, rea
         return second_leg(real, model, name, messages, expected)
     one_after_the_other(model, ["A cat."])      # if its reserve, which had served nobody yet, died too, the next is waited with, and a process for one turn is told of it in words
     assert real.ask(name, messages, tools=[LOOK]).text == "A cat." and len(model.asked) == 1
-    assert told(model, name) == expected or [part.replace("\n", " ") for _, part in told(model, name)][-1] == f'<tool_result name="look" id="{expected[1][1][1]}"> miaow </tool_result>'
+    assert told_real(model, name) == expected or [part.replace("\n", " ") for _, part in told_real(model, name)][-1] == f'<tool_result name="look" id="{expected[1][1][1]}"> miaow </tool_result>'
 
 
 @pytest.mark.real
@@ -9684,8 +9684,8 @@ def test_nothing_of_a_tool_turn_is_left_at_a_real_cli(request, serve_real, model
     eventually("no conversation is left in a file", lambda: not left())
 
 
-ONE = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
-FORMS = {"schema": {"type": "json_schema", "json_schema": {"name": "one", "strict": True, "schema": ONE}}, "object": {"type": "json_object"}}
+REAL_ONE = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+FORMS = {"schema": {"type": "json_schema", "json_schema": {"name": "one", "strict": True, "schema": REAL_ONE}}, "object": {"type": "json_object"}}
 
 
 def gives(model, *values):
@@ -9696,7 +9696,7 @@ def gives(model, *values):
     def script(name, body):
         if not left or "InputValidationError" in json.dumps(body):      # claude asks again by itself what it cannot read
             return [HOLD]
-        value, tools = left.pop(0), [tool.name for tool in offered(name, body)[0] if tool.name.endswith("give_answer")]
+        value, tools = left.pop(0), [tool.name for tool in offered_real(name, body)[0] if tool.name.endswith("give_answer")]
         return [Calls(tools[0], value)] if tools and not isinstance(value, Calls) else [value if isinstance(value, (str, Calls)) else json.dumps(value)]
     model.script = script
 
@@ -9709,7 +9709,7 @@ def form_got(name, body):
         return body["text"]["format"]["schema"], True
     if name == "qwen" and "response_format" in body:
         return body["response_format"].get("json_schema", {}).get("schema", True), True
-    for tool in offered(name, body)[0]:
+    for tool in offered_real(name, body)[0]:
         if tool.name.endswith("give_answer"):
             return tool.schema if tool.schema != {"type": "object", "properties": {}} else True, True
     words = "".join(part for role, part in heard_in(name, body) if role == "system")
@@ -9725,12 +9725,12 @@ def test_a_real_cli_gives_json(name, form, real, model):
         answered = real.ask(name, WHAT, response_format=FORMS[form], stream=stream)
         text = said(answered.frames)[0][0] if stream else answered.text
         assert json.loads(text) == {"n": 1} and len(model.asked) == 1
-        assert form_got(name, model.asked[0][1]) == (ONE if form == "schema" else True, (name, form) != ("codex", "object"))
+        assert form_got(name, model.asked[0][1]) == (REAL_ONE if form == "schema" else True, (name, form) != ("codex", "object"))
     wrong = {"n": "x"} if form == "schema" else "Sorry, no."
     gives(model, wrong, {"n": 2})
     assert json.loads(real.ask(name, WHAT, response_format=FORMS[form]).text) == {"n": 2}
     again = [body for _, body in model.asked if "A program has read your answer and refused it" in json.dumps(body)]
-    assert len(again) == 1 and form_got(name, again[0])[0] == (ONE if form == "schema" else True)
+    assert len(again) == 1 and form_got(name, again[0])[0] == (REAL_ONE if form == "schema" else True)
     gives(model, wrong, wrong)
     answered = real.ask(name, WHAT, response_format=FORMS[form])
     assert answered.error == (502, "server_error", "invalid_model_output", None) and answered.retry[0] == "true"
@@ -9744,6 +9744,6 @@ def test_tools_an_image_and_json_go_together_at_a_real_cli(name, real, model):
     gives(model, Calls("look", {"at": 1}), {"n": 3})
     answered = real.ask(name, seen, tools=[LOOK], response_format=FORMS["schema"])
     id = calls_made(answered)[0][0]
-    assert form_got(name, model.asked[0][1]) == (ONE, name != "gemini") and told(model, name) == [("user", "What is this?"), ("user", ("image", PIXEL))]
+    assert form_got(name, model.asked[0][1]) == (REAL_ONE, name != "gemini") and told_real(model, name) == [("user", "What is this?"), ("user", ("image", PIXEL))]
     assert json.loads(real.ask(name, with_results(seen, answered, "miaow"), tools=[LOOK], response_format=FORMS["schema"]).text) == {"n": 3}
-    assert told(model, name)[2:] == [("assistant", ("call", id, "look", {"at": 1})), ("tool", ("result", id, "miaow"))] and len(model.asked) == 2
+    assert told_real(model, name)[2:] == [("assistant", ("call", id, "look", {"at": 1})), ("tool", ("result", id, "miaow"))] and len(model.asked) == 2
