@@ -4076,6 +4076,7 @@ class Talk(RuleReader):
         self._heard_at = time.monotonic()
         self._said: List[str] = []
         self._made = CallsMade()                    # in the answer
+        self._interrupts = 0                        # how often it may yet be told to stop, because it goes on by itself
         self._served: Tuple[str, str, str] = ("", "", "")       # path, URL, token of its tools at the tool server
         self._opening = not conversation.seen and not conversation.spare
         self._box.overflow = self._give_up
@@ -4432,6 +4433,7 @@ class Talk(RuleReader):
         request, calls, known = self._turn.request, self._made.parts(), {tool.name for tool in self._turn.request.tools}
         goes_on = any(call.name not in known or "invalid_arguments" in arguments_of(call) for call in calls)     # claude answers such calls itself, and asks again
         self._asked = self._asked and goes_on       # then _leave() interrupts it
+        self._interrupts = 20 if self._asked else 0
         self._talk.turns += 1
         messages = request.messages
         self._talk.seen = len(messages) + 1
@@ -4479,6 +4481,9 @@ class Talk(RuleReader):
                     self._reply(line, self._rule_for(line))
                 else:
                     self._passed(line)
+                    if self._interrupts and talk.owed > 0:      # between two requests to its model claude does not hear the first
+                        self._interrupts -= 1
+                        self._cancel()
             if not talk.settled():
                 return
             self._over = True
