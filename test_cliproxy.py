@@ -9478,9 +9478,9 @@ def test_an_odd_call_gets_to_the_client_as_the_model_wrote_it_or_is_an_error(nam
         (id, called, arguments), = calls_made(answered)
         assert (called, arguments if isinstance(got[1], str) else json.loads(arguments)) == got
         messages = with_results(WHAT, answered, "miaow")
-    for _ in range(3):
+    for _ in range(10):                         # time for some dozens, if nobody stops it
         assert real.ask(name, [*messages, {"role": "user", "content": "Well?"}], tools=[strict]).text == "Well."
-    assert sum("Well?" not in json.dumps(body) for _, body in model.asked) <= 2, "what it asks by itself is given up"
+    assert sum("Well?" not in json.dumps(body) for _, body in model.asked) < 8, "what it asks by itself is given up"
     if later is not None:
         shown = PREFIX[name] + called if called == "look" or name != "codex" else called
         assert ("assistant", ("call", id, shown, later)) in heard_in(name, model.asked[-1][1])
