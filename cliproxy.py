@@ -3446,13 +3446,7 @@ class RuleReader:
         if "error" in row:
             raise self._reported(rule, line)
         if "must_be_empty" in paths:
-            listed = dig(line, paths["must_be_empty"])
-            missing = [name for name in self._wanted if name not in listed] if isinstance(listed, list) else []
-            if missing:
-                raise Unfit(f"{self._provider.name} does not take all of the `tools`", f"it leaves out {', '.join(missing)}", "look at the schema, or use another model", param="tools")
-        if "must_be_empty" in paths and not self._ours(dig(line, paths["must_be_empty"])):
-            raise Crashed(f"{self._provider.name} started with tools switched on", _show(dig(line, paths["must_be_empty"])),
-                          "it was stopped, because behind this proxy a CLI is a model and no agent: check its version with `cliproxy.py doctor`")
+            self._check_tools(dig(line, paths["must_be_empty"]))
         if "reset" in paths:
             at = dig(line, paths["reset"])
             self._reset = max(0.0, float(at) - time.time()) if isinstance(at, (int, float)) else None
@@ -3494,10 +3488,15 @@ class RuleReader:
         if arguments:
             yield Call(self._calls[key], arguments=arguments)
 
-    def _ours(self, tools: Any) -> bool:
-        """Are these no tools, or the client's only?"""
+    def _check_tools(self, listed: Any) -> None:
+        """Raise an error unless the tools that a CLI has started with are the client's, and all of those."""
         prefix = (self._strategy.tools or {}).get("prefix")
-        return not tools or bool(prefix) and isinstance(tools, list) and all(isinstance(name, str) and name.startswith(prefix) for name in tools)
+        if listed and not (prefix and isinstance(listed, list) and all(isinstance(name, str) and name.startswith(prefix) for name in listed)):
+            raise Crashed(f"{self._provider.name} started with tools switched on", _show(listed),
+                          "it was stopped, because behind this proxy a CLI is a model and no agent: check its version with `cliproxy.py doctor`")
+        missing = [name[len(prefix or ""):] for name in self._wanted if name not in (listed or ())]
+        if missing:
+            raise Unfit(f"{self._provider.name} does not take all of the `tools`", f"it leaves out {', '.join(missing)}", "look at their schemas, or use another model", param="tools")
 
     @staticmethod
     def _count(line: Mapping[str, Any], where: Sequence[Sequence[str]]) -> Optional[int]:
