@@ -1156,7 +1156,7 @@ BUILTIN_PROVIDERS = r'''{
                                      "stop": "{stop}", "seed": "{seed}", "presence_penalty": "{presence_penalty}", "frequency_penalty": "{frequency_penalty}",
                                      "response_format": "{response_format}", "reasoning_effort": "{effort}", "logit_bias": "{logit_bias}"}}}},
           "context": {"fileName": ".cliproxy-no-context-file"}, "ide": {"enabled": false}, "disableAllHooks": true,
-          "mcp": {"allowed": ["c"]},
+          "mcp": {"allowed": ["cliproxy"]},
           "permissions": {"deny": ["tool_search", "agent", "task_stop", "send_message", "skill", "list_directory", "read_file", "grep_search",
             "glob", "edit", "write_file", "run_shell_command", "todo_write", "ask_user_question", "exit_plan_mode", "web_fetch", "lsp",
             "cron_create", "cron_list", "cron_delete", "monitor", "save_memory"]}
@@ -1169,7 +1169,7 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "acp",
           "images": true, "documents": ["application/pdf"],
-          "tools": {"prefix": "mcp__c__", "longest": 63, "reserved": "__proto__"},
+          "tools": {"prefix": "mcp__cliproxy__", "longest": 63, "reserved": "__proto__"},
           "argv": ["--acp", "--extensions=none"],
           "resident": {"turns": 500, "live": 0},
           "more_events": [
@@ -1187,7 +1187,7 @@ BUILTIN_PROVIDERS = r'''{
                   "response_format": "{response_format}", "reasoning_effort": "{effort}", "logit_bias": "{logit_bias}",
                   "tools": "{tools:openai}", "tool_choice": "{choice:openai}", "parallel_tool_calls": "{parallel}"}}}}}},
              "call": "session/new", "params": {"cwd": "{dir}/s/{short}", "mcpServers": [{"if": "mcp_url", "is":
-               {"type": "http", "name": "c", "url": "{mcp_url}", "headers": [{"name": "Authorization", "value": "Bearer {mcp_token}"}]}}]}, "take": {"session": "sessionId"}},
+               {"type": "http", "name": "cliproxy", "url": "{mcp_url}", "headers": [{"name": "Authorization", "value": "Bearer {mcp_token}"}]}}]}, "take": {"session": "sessionId"}},
             {"remove": ["s/{short}"]}],
           "ask": [{"call": "session/prompt", "answer": true, "params": {"sessionId": "{session}", "prompt": [{"type": "text", "text": ""}, {"type": "text", "text": "{transcript}"}]}}]
         },
@@ -2792,16 +2792,16 @@ class _ToolListener(socketserver.ThreadingMixIn, HTTPServer):
 # providers.json filled with them. Prompts go by stdin or by a file in a private directory, never by argv.
 
 
-Kept = Callable[[str], Sequence[Any]]      # by a call's id: what of the model's reasoning has to stand before it when it is replayed
+Kept = Callable[[CallPart], Sequence[Any]]     # what of the model's reasoning has to stand before a call when it is replayed
 
 
-def nothing_kept(id: str) -> Sequence[Any]:
+def nothing_kept(call: CallPart) -> Sequence[Any]:
     return ()
 
 
 def reasoning_of(message: Message, kept: Kept) -> List[Any]:
     """What was kept of the reasoning that led to the message's calls."""
-    return list(next((kept(p.id) for p in message.parts if isinstance(p, CallPart)), ()))
+    return list(next((kept(p) for p in message.parts if isinstance(p, CallPart)), ()))
 
 
 def arguments_of(call: CallPart) -> Dict[str, Any]:
@@ -2977,7 +2977,7 @@ class Variables:
         systems = [m.text for m in messages if m.role == "system" and m.text]
         form = turn.request.params.get("response_format") or {}
         remembered, whose = outside.get("kept", {}), (turn.provider.name, turn.model, turn.request.key_id)
-        self._kept: Kept = lambda id: remembered.get((*whose, id), ())
+        self._kept: Kept = lambda call: remembered.get((*whose, call.id, call.name), ())
         asked = next((m for m in reversed(messages) if any(isinstance(p, CallPart) for p in m.parts)), None)
         answered = bool(messages) and any(isinstance(p, ResultPart) for p in messages[-1].parts)
         choice, alone = turn.request.params.get("tool_choice"), turn.request.params.get("parallel_tool_calls") is False
@@ -4438,7 +4438,7 @@ class Talk(RuleReader):
         self._talk.seen = len(messages) + 1
         said = (TextPart("".join(self._said)),) if self._said else ()
         for call in calls[:1] if self._reasoning else ():
-            self._resident.pool.kept.keep((self._provider.name, self._turn.model, request.key_id, call.id), self._reasoning)
+            self._resident.pool.kept.keep((self._provider.name, self._turn.model, request.key_id, call.id, call.name), self._reasoning)
         may = (self._strategy.tools or {}).get("live") and not self._asked if calls else not self._thought and bool(said)
         if self._resident.settings["live"] and may:
             self._talk.key = conversation_key(self._turn, (*messages, Message("assistant", (*said, *calls))))
@@ -4552,7 +4552,7 @@ MAX_KEPT = 1000             # calls whose reasoning is remembered
 
 
 class Keepsakes:
-    """What models reasoned before their calls, by provider, model, key and the id of the first call, for when that is replayed. A service can
+    """What models reasoned before their calls, by provider, model, key and the id and name of the first call, for when that is replayed. A service can
     tell whether it is its own (Anthropic signs it, OpenAI encrypts it) and may refuse a call without it. For any thread."""
 
     def __init__(self) -> None:

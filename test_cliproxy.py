@@ -336,7 +336,7 @@ class AcpAgent(Agent):
 
     @property
     def prefix(self):
-        return "mcp_c_" if self.kind == "gemini" else "mcp__c__"
+        return "mcp_c_" if self.kind == "gemini" else "mcp__cliproxy__"
 
     def connect(self, session, servers):
         """Ask the MCP server of a session for its tools."""
@@ -2609,7 +2609,7 @@ def test_the_holes_for_tools_are_filled_if_there_are_tools_and_missing_if_not():
 
 def test_what_was_kept_of_the_reasoning_is_put_before_the_calls_it_led_to():
     talk, signed = (user("Hi"), made("1", "2"), result("1", "2")), {"type": "thinking", "thinking": "hm", "signature": "s"}
-    kept = {("claude", "m", "k", "1"): [signed], ("codex", "m", "k", "1"): [{"type": "reasoning", "id": "r"}]}
+    kept = {("claude", "m", "k", "1", "get_weather"): [signed], ("codex", "m", "k", "1", "get_weather"): [{"type": "reasoning", "id": "r"}]}
     claude = holes_of("claude", "claude-stream", talk, {"kept": kept})
     assert [b["type"] for b in claude("messages:anthropic")[1]["content"]] == ["thinking", "tool_use", "tool_use"] and claude("unkept") is cliproxy.MISSING
     assert [i["type"] for i in holes_of("codex", "codex-app-server", talk, {"kept": kept})("new:responses")] == ["message", "reasoning", *["function_call"] * 2, *["function_call_output"] * 2]
@@ -6152,7 +6152,7 @@ def test_a_client_that_reads_slowly_slows_its_cli_down(proxy):
 TOOL_ROWS = cliproxy.tools_for_openai((WEATHER, CLOCK_TOOL), "")
 PARIS, ROME, CLOCK = ["call", "get_weather", {"city": "Paris"}], ["call", "get_weather", {"city": "Rome"}], ["call", "now", {}]
 TOOL_WAYS = {"claude": "claude-stream", "gemini": "acp-tools", "codex": "codex-app-server", "qwen": "acp"}
-PREFIXES = {"claude": "mcp__c__", "gemini": "mcp_c_", "codex": "", "qwen": "mcp__c__"}
+PREFIXES = {"claude": "mcp__c__", "gemini": "mcp_c_", "codex": "", "qwen": "mcp__cliproxy__"}
 
 
 def with_tools(proxy, name, messages="Weather?", **body):
@@ -6332,7 +6332,7 @@ FORCE_NOW = {"type": "function", "function": {"name": "now"}}
 @pytest.mark.parametrize("name, choice, params, seen_tools, seen", [
     ("claude", "auto", "tools=native", 2, None), ("claude", "required", "tool_choice=native, tools=native", 2, {"type": "any"}),
     ("claude", FORCE_NOW, "tool_choice=native, tools=native", 2, {"type": "tool", "name": "mcp__c__now"}), ("claude", "none", "tool_choice=native, tools=native", 2, {"type": "none"}),
-    ("qwen", "required", "tool_choice=native, tools=native", 2, "required"), ("qwen", FORCE_NOW, "tool_choice=native, tools=native", 2, {"type": "function", "function": {"name": "mcp__c__now"}}),
+    ("qwen", "required", "tool_choice=native, tools=native", 2, "required"), ("qwen", FORCE_NOW, "tool_choice=native, tools=native", 2, {"type": "function", "function": {"name": "mcp__cliproxy__now"}}),
     ("qwen", "none", "tool_choice=native, tools=native", 2, "none"), ("gemini", "required", "tool_choice=native, tools=native", 2, None), ("gemini", FORCE_NOW, "tool_choice=native, tools=native", 1, None),
     ("gemini", "none", "tool_choice=native, tools=native", 0, None), ("codex", "required", "tool_choice=emulated, tools=native", 2, None), ("codex", FORCE_NOW, "tool_choice=emulated, tools=native", 1, None),
     ("codex", "none", "tool_choice=emulated, tools=native", 0, None),
@@ -8848,7 +8848,7 @@ def heard_by_qwen(body):
 
 
 HEARD = {"claude": heard_by_claude, "gemini": heard_by_gemini, "codex": heard_by_codex, "qwen": heard_by_qwen}
-PREFIX = {"claude": "mcp__c__", "gemini": "mcp_c_", "codex": "", "qwen": "mcp__c__"}      # what a CLI puts before the name of a tool
+PREFIX = {"claude": "mcp__c__", "gemini": "mcp_c_", "codex": "", "qwen": "mcp__cliproxy__"}      # what a CLI puts before the name of a tool
 
 
 class Offered(typing.NamedTuple):
@@ -9060,8 +9060,7 @@ def test_images_and_tool_calls_get_to_the_model_of_a_real_cli(name, driver, real
     asked = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, picture]}, {"role": "assistant", "content": None, "tool_calls": calls},
              {"role": "tool", "tool_call_id": "c0", "content": "a cat"}, {"role": "tool", "tool_call_id": "c1", "content": "miaow"}, {"role": "user", "content": "Well?"}]
     assert real.ask(f"{name}-{driver}", asked).text == "".join(REPLY)
-    prefix = PREFIX[name] if (name, driver) in (("claude", "claude-stream"), ("qwen", "acp")) else ""       # as in a conversation with tools
-    assert model.heard(name) == [("user", "What is this?"), ("user", ("image", PIXEL)), ("assistant", ("call", "c0", prefix + "look", {"at": [1]})), ("assistant", ("call", "c1", prefix + "listen", {"at": [1]})),
+    assert model.heard(name) == [("user", "What is this?"), ("user", ("image", PIXEL)), ("assistant", ("call", "c0", "look", {"at": [1]})), ("assistant", ("call", "c1", "listen", {"at": [1]})),
                                  ("tool", ("result", "c0", "a cat")), ("tool", ("result", "c1", "miaow")), ("user", "Well?")]
 
 
@@ -9425,7 +9424,7 @@ def test_a_call_goes_out_by_a_real_cli_and_its_result_comes_back(name, stream, r
     assert (said(answered.frames)[0][0] if stream else answered.text) == "Let me see. "
     assert [tool.name for tool in offered_real(name, model.asked[0][1])[0]] == [PREFIX[name] + "look"] and told_real(model, name) == [("user", "What is there?")]
     pieces = answered.body.count(b'"tool_calls":[') if stream else None
-    assert pieces in (None, 4 if name == "claude" else 2), "the arguments in pieces, where the CLI tells them so"
+    assert pieces in (None, 2, 3, 4), "the name, then the arguments, in pieces where the CLI tells them so and they do not come together"
     assert stream or answered.json["usage"]["completion_tokens"] == TOKENS[1]
     assert real.ask(name, with_results(WHAT, answered, "miaow\n"), tools=[LOOK]).text == "A cat."
     assert len(model.asked) == 2, "one request for each leg"
@@ -9554,8 +9553,8 @@ BOTH = ["look", "listen"]
 CHOICES = {
     "claude": {"none": (BOTH, {"type": "none"}), "required": (BOTH, {"type": "any"}), "listen": (BOTH, {"type": "tool", "name": "mcp__c__listen"})},
     "gemini": {"none": ([], None), "required": (BOTH, {"mode": "ANY"}), "listen": (["listen"], {"mode": "ANY"})},
-    "codex": {"none": ([], "auto"), "required": (BOTH, "auto"), "listen": (BOTH, "auto")},
-    "qwen": {"none": (BOTH, "none"), "required": (BOTH, "required"), "listen": (BOTH, {"type": "function", "function": {"name": "mcp__c__listen"}})},
+    "codex": {"none": ([], "auto"), "required": (BOTH, "auto"), "listen": (["listen"], "auto")},
+    "qwen": {"none": (BOTH, "none"), "required": (BOTH, "required"), "listen": (BOTH, {"type": "function", "function": {"name": "mcp__cliproxy__listen"}})},
 }
 
 
