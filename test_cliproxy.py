@@ -2609,7 +2609,7 @@ def test_the_holes_for_tools_are_filled_if_there_are_tools_and_missing_if_not():
 
 def test_what_was_kept_of_the_reasoning_is_put_before_the_calls_it_led_to():
     talk, signed = (user("Hi"), made("1", "2"), result("1", "2")), {"type": "thinking", "thinking": "hm", "signature": "s"}
-    kept = {("claude", "m", "k", "1", "get_weather"): [signed], ("codex", "m", "k", "1", "get_weather"): [{"type": "reasoning", "id": "r"}]}
+    kept = {("claude", "m", "k", "1", "f"): [signed], ("codex", "m", "k", "1", "f"): [{"type": "reasoning", "id": "r"}]}
     claude = holes_of("claude", "claude-stream", talk, {"kept": kept})
     assert [b["type"] for b in claude("messages:anthropic")[1]["content"]] == ["thinking", "tool_use", "tool_use"] and claude("unkept") is cliproxy.MISSING
     assert [i["type"] for i in holes_of("codex", "codex-app-server", talk, {"kept": kept})("new:responses")] == ["message", "reasoning", *["function_call"] * 2, *["function_call_output"] * 2]
