@@ -4923,7 +4923,10 @@ class Pool:
             return
         used: Dict[int, int] = dict.fromkeys(residents, 0)
         ps = shutil.which("ps")
-        rows = run_to_end(self.spawner, [ps, "-A", "-o", "pgid=,rss="], dict(os.environ), self.spawner.root, 10.0)[1] if ps else ""
+        try:
+            rows = run_to_end(self.spawner, [ps, "-A", "-o", "pgid=,rss="], dict(os.environ), self.spawner.root, 10.0)[1] if ps else ""
+        except OSError:                 # the spawner has ended: we are stopping
+            return
         for row in rows.split("\n"):
             group, _, kib = row.strip().partition(" ")
             if group.isdigit() and int(group) in used and kib.strip().isdigit():
