@@ -32,6 +32,8 @@ The words used here, one for each thing:
     profile    a set of parameters that a resident has to be started with
     place      the private directory of one child: work/ (empty, its cwd), tmp/, home/ and files
     slot       the right to run one child of a provider
+    tool       a function of the client's that the model may call;  call: what it makes of that;  result: what the client answers
+    wire       how a CLI's model knows a tool or a call, if not by the client's name
 
     grep -n '^# ===' cliproxy.py        prints the contents.
 """
@@ -1278,7 +1280,8 @@ RESIDENT_DRIVERS, PROCESS_DRIVERS = ("acp", "codex-app-server", "claude-stream")
 BREAKER_DEFAULTS = {"failures": 3, "seconds": 10.0, "longest": 1800.0}      # see Breaker
 TOOL_HOLES = {("choice", "anthropic"): ("tool_choice", "parallel_tool_calls"), ("choice", "gemini"): ("tool_choice",), ("choice", "openai"): ("tool_choice",),
               ("parallel", ""): ("parallel_tool_calls",)}       # what each makes native
-VARIABLES = {"own", "tools", "choice", "parallel", "forced", "unkept", "mcp_url", "mcp_token", "mcp", "line", "dir", "self", "python", "uuid", "hop", "env", "file", "found", "prepared", "model", "system", "prompt",
+VARIABLES = {"dir", "self", "python", "uuid", "hop", "env", "file", "found", "prepared", "own", "model", "system", "prompt",
+             "tools", "choice", "parallel", "forced", "unkept", "mcp_url", "mcp_token", "mcp", "line",
              "transcript", "messages", "history", "last", "new", "schema", "json_mime", "item", "id", "parent", "content", *PARAMETERS,
              "plain", "fresh", "live", "ends_in_result", "profile", "profiles", "models", "flip", "system_name", "new_uuid", "session", "turn", "short"}
 
@@ -1364,12 +1367,17 @@ _ENV = {"pass?": [str], "set?": {"*": _template}}
 _TIMEOUTS = {"queue?": float, "start?": float, "first?": float, "failover?": float, "idle?": float, "total?": float}
 _BREAKER = {"failures?": _not_negative, "seconds?": _not_negative, "longest?": _not_negative}
 _CALL = {"id?": str, "index?": str, "name?": _field_or_part, "arguments?": str, "served?": bool, "without?": [str]}
-_TOOLS = {"prefix?": str, "longest?": int, "description?": int, "reserved?": _regex, "any_only?": bool, "flat?": bool, "only?": bool, "live?": bool, "not_with?": [str], "answers?": bool}
-_EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "call?": _CALL, "keep?": str, "reply?": _template, "reply_after?": {"*": _event_test}, "late?": bool, "cancel?": bool, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool, "skip?": bool,
-               "must_be_empty?": str, "reset?": str, "limits?": [{"window": str, "used?": _path_or_number, "part?": str, "resets?": str}], "reject?": str, "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
+_TOOLS = {"prefix?": str, "longest?": int, "description?": int, "reserved?": _regex, "any_only?": bool, "flat?": bool, "only?": bool, "live?": bool,
+          "not_with?": [str], "answers?": bool}
+_EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "call?": _CALL, "keep?": str, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool,
+               "reply?": _template, "reply_after?": {"*": _event_test}, "late?": bool, "cancel?": bool, "reject?": str, "skip?": bool,
+               "must_be_empty?": str, "reset?": str, "limits?": [{"window": str, "used?": _path_or_number, "part?": str, "resets?": str}],
+               "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
-_STRATEGY = {"driver?": _driver_name, "name?": str, "like?": str, "own?": {"*": _template}, "profiles?": [{"*": _template}], "more_events?": [_EVENT_RULE], "strict_schemas?": bool, "argv?": _launch_args, "stdin?": _template, "images?": bool, "documents?": [str], "tools?": _TOOLS, "split?": _regex, "guard?": _regex,
-             "files?": {"*": _template}, "env?": {"*": _template}, "slots?": int, **_TALK, "events?": [_EVENT_RULE], "begin?": _regex, "end?": _regex, "drop?": [_regex], "failed?": _regex, "stream?": bool, "terminal?": [str]}
+_STRATEGY = {"driver?": _driver_name, "name?": str, "like?": str, "argv?": _launch_args, "stdin?": _template, "files?": {"*": _template}, "env?": {"*": _template},
+             "images?": bool, "documents?": [str], "tools?": _TOOLS, "strict_schemas?": bool, "own?": {"*": _template}, "profiles?": [{"*": _template}],
+             "split?": _regex, "guard?": _regex, "slots?": int, **_TALK, "events?": [_EVENT_RULE], "more_events?": [_EVENT_RULE],
+             "begin?": _regex, "end?": _regex, "drop?": [_regex], "failed?": _regex, "stream?": bool, "terminal?": [str]}
 _PROVIDER = {
     "title?": str, "binary": str, "install?": str, "login?": str,
     "version?": {"argv": [str], "match": _regex, "tested?": [str], "pinned?": str}, "home?": [str],
@@ -1621,7 +1629,8 @@ def make_provider(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any]
             used.add("response_format")
         if s.get("name", s["driver"]) in [known.name for known in strategies]:
             raise ConfigError(f"{where}: there is another strategy {s.get('name', s['driver'])!r} before it; give one of them a \"name\"")
-        strategies.append(Strategy(s["driver"], s, tuple(EventRule(r) for r in s.get("events", [])), frozenset(used & {*PARAMETERS, *(("tool_choice", "parallel_tool_calls") if "tools" in s else ())}), frozenset(direct)))
+        native = used & {*PARAMETERS, *(("tool_choice", "parallel_tool_calls") if "tools" in s else ())}
+        strategies.append(Strategy(s["driver"], s, tuple(EventRule(r) for r in s.get("events", [])), frozenset(native), frozenset(direct)))
     if not strategies:
         raise ConfigError(f"{path}.strategies: expected at least one strategy, found none")
     rules = [*row.get("errors", []), *defaults.get("errors", [])]
@@ -2981,8 +2990,8 @@ class Variables:
         asked = next((m for m in reversed(messages) if any(isinstance(p, CallPart) for p in m.parts)), None)
         answered = bool(messages) and any(isinstance(p, ResultPart) for p in messages[-1].parts)
         choice, alone = turn.request.params.get("tool_choice"), turn.request.params.get("parallel_tool_calls") is False
-        self._own = strategy.row.get("own", {})
-        self._tools, self._prefix, self._choice = turn.request.tools, (strategy.tools or {}).get("prefix", ""), (choice, alone)
+        self._own, self._tools, self._prefix = strategy.row.get("own", {}), turn.request.tools, (strategy.tools or {}).get("prefix", "")
+        self._tool_choice, self._alone = choice, alone
         self._values: Dict[str, Any] = {
             "dir": place, "self": os.path.abspath(__file__), "python": sys.executable, "uuid": str(uuid.uuid4()), "short": uuid.uuid4().hex[:8],
             "model": turn.model or MISSING, "system": "\n\n".join(systems) or MISSING, "prompt": prompt if prompt else MISSING,
@@ -3011,7 +3020,7 @@ class Variables:
         if name == "tools" and arg:
             return TOOL_FORMATS[arg](self._tools, self._prefix) or MISSING
         if name == "choice":
-            choice = CHOICE_FORMATS[arg](*self._choice) if self._tools else None
+            choice = CHOICE_FORMATS[arg](self._tool_choice, self._alone) if self._tools else None
             return MISSING if choice is None else choice
         if name == "file":
             return self._files.get(arg, MISSING)
@@ -7366,7 +7375,8 @@ class Router:
             attempt.queued = attempt.since()
         try:
             attempt.scope.enter("start")
-            request, names = replace(turn.request, params={k: v for k, v in params.items() if attempt.params.get(k, "native") == "native"}), {}    # type: Tuple[Request, Dict[str, str]]
+            request = replace(turn.request, params={k: v for k, v in params.items() if attempt.params.get(k, "native") == "native"})
+            names: Dict[str, str] = {}
             if strategy.tools:
                 request, names = wired(request, strategy.tools)
             given = replace(turn, request=request)
@@ -9527,7 +9537,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise ConfigError(f"--checkpoint-at must be between 10 and 100 percent, found {args.checkpoint_at:g}")
     if args.drain < 0:
         raise ConfigError(f"--drain must not be negative, found {args.drain:g}")
-    return Settings(host=args.host, port=args.port, keys=keys, allow_hosts=tuple(args.allow_host), cors_origins=tuple(args.cors_origin), strict=args.strict, image_urls=args.allow_image_urls, go_on=not args.no_continue,
+    return Settings(host=args.host, port=args.port, keys=keys, allow_hosts=tuple(args.allow_host), cors_origins=tuple(args.cors_origin),
+                    strict=args.strict, image_urls=args.allow_image_urls, go_on=not args.no_continue,
                     keepalive=args.keepalive, max_body=args.max_body_mb << 20, max_connections=args.max_connections, drain=args.drain,
                     checkpoint=0.0 if args.no_checkpoint else args.checkpoint_at / 100, summary_model=args.summary_model,
                     session_ttl=args.session_ttl * 86400, session_wait=args.session_busy == "wait", max_sessions=args.max_sessions, max_session=args.max_session_mb << 20)
