@@ -414,6 +414,19 @@ class ModelNotFound(ProviderError):
     counts = False
 
 
+class TooOld(ModelNotFound):
+    """The CLI is installed, in a version that cliproxy cannot drive any more."""
+    status, type, code, should_retry = 502, "server_error", "provider_too_old", False
+
+    @classmethod
+    def of(cls, name: str, version: str, row: Mapping[str, Any]) -> TooOld:
+        """The error for a provider by its name, the version found, and its entry in providers.json."""
+        install = row.get("install", "")
+        do = f"install the newest: {install}@latest" if install.startswith("npm ") else "install a newer one"
+        why = f"{version} is installed, and cliproxy needs {row['version']['tested'][0]} or newer"
+        return cls(f"{name} is too old", why, do, param="model")
+
+
 class NotLoggedIn(ProviderError):
     """The CLI has no login; its advice is what to type."""
     status, type, code, should_retry = 401, "authentication_error", "not_logged_in", False
@@ -651,6 +664,7 @@ BUILTIN_PROVIDERS = r'''{
       "login": "run \"claude\" and type /login",
       "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["2.1.0", "2.1.999"], "pinned": "2.1.197"},
       "home": ["{env:CLAUDE_CONFIG_DIR|~/.claude}", "~/.claude.json"],
+      "leak_test": {"env": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_API_KEY": "none"}},
       "logged_in": [{"argv": ["auth", "status"], "exit": 0}],
       "models": {
         "default": "sonnet",
@@ -788,6 +802,7 @@ BUILTIN_PROVIDERS = r'''{
       "login": "run \"gemini\" and choose a login, or set GEMINI_API_KEY",
       "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.58.0", "0.61.999"], "pinned": "0.61.0"},
       "home": ["~/.gemini"],
+      "leak_test": {"env": {"GOOGLE_GEMINI_BASE_URL": "{url}", "GEMINI_API_KEY": "none"}},
       "logged_in": [{"env": ["GEMINI_API_KEY", "GOOGLE_API_KEY"]}, {"file": "~/.gemini/oauth_creds.json"},
                     {"file": "~/.gemini/.env", "match": "GEMINI_API_KEY\\s*="}, {"file": "~/.gemini/gemini-credentials.json"}],
       "models": {
@@ -960,6 +975,7 @@ BUILTIN_PROVIDERS = r'''{
       "login": "run \"codex login\"",
       "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.165.0", "0.169.999"], "pinned": "0.169.0"},
       "home": ["{env:CODEX_HOME|~/.codex}"],
+      "leak_test": {"env": {"CODEX_API_KEY": "none"}, "files": {".codex/config.toml": "model_provider = \"loop\"\n[model_providers.loop]\nname = \"loop\"\nbase_url = \"{url}/v1\"\nenv_key = \"CODEX_API_KEY\"\nwire_api = \"responses\"\n"}},
       "logged_in": [{"argv": ["login", "status"], "exit": 0}, {"file": "{env:CODEX_HOME|~/.codex}/config.toml", "match": "(?m)^model_provider\\s*=\\s*\"(?!openai\")"}],
       "models": {
         "default": "{found:model|gpt-5.5}",
@@ -1110,6 +1126,8 @@ BUILTIN_PROVIDERS = r'''{
       "login": "run \"qwen auth\", or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL",
       "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.15.0", "0.15.999"], "pinned": "0.15.10"},
       "home": ["~/.qwen"],
+      "leak_test": {"env": {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_KEY": "none", "OPENAI_MODEL": "leak-test"},
+                    "files": {".qwen/settings.json": "{\"$version\": 4, \"security\": {\"auth\": {\"selectedType\": \"openai\"}}}"}},
       "logged_in": [{"env": ["OPENAI_API_KEY", "DASHSCOPE_API_KEY"]}, {"file": "~/.qwen/oauth_creds.json"}, {"file": "~/.qwen/.env", "match": "API_KEY\\s*="},
                     {"file": "~/.qwen/settings.json", "match": "\"(apiKey|envKey)\"\\s*:\\s*\"[^\"]"}],
       "models": {
@@ -1381,6 +1399,7 @@ _STRATEGY = {"driver?": _driver_name, "name?": str, "like?": str, "argv?": _laun
 _PROVIDER = {
     "title?": str, "binary": str, "install?": str, "login?": str,
     "version?": {"argv": [str], "match": _regex, "tested?": [str], "pinned?": str}, "home?": [str],
+    "leak_test?": {"env?": {"*": str}, "files?": {"*": str}},
     "logged_in?": [{"argv?": [str], "exit?": int, "env?": [str], "file?": str, "match?": _regex}],
     "models": {"default": str, "names?": [str], "aliases?": {"*": str}, "also?": str},
     "env?": _ENV, "found?": {"*": {"file": str, "match?": _regex, "all?": bool, "json?": str}},
@@ -6980,6 +6999,7 @@ class Router:
         self._lock = threading.Lock()
         self._broken: Dict[Tuple[str, str], Tuple[str, float]] = {}     # (provider, driver) -> the binary it broke with, until when
         self.logged_in: Dict[str, Optional[bool]] = {}      # what the last look at each provider found
+        self._too_old: Dict[str, Tuple[str, str]] = {}      # provider -> (its binary, the version of it) that cannot be driven
         self._refused: Set[Tuple[str, str, str]] = set()    # (provider, model, parameter) that its service would not take
         self._prepared: Dict[Tuple[str, str], Any] = {}     # (provider, binary) -> {"prepared:NAME": path}
 
@@ -6991,7 +7011,23 @@ class Router:
     # --- which providers ---
 
     def installed(self) -> List[Provider]:
-        return [p for p in self.providers.values() if p.binary(os.environ)]
+        """The providers whose CLI is here, in a version that is not known to be too old."""
+        found = [(p, p.binary(os.environ)) for p in self.providers.values()]
+        return [p for p, binary in found if binary and not self._outdated(p, binary)]
+
+    def found_version(self, provider: Provider, binary: str, version: str, too_old: bool) -> None:
+        """Note what a look at a CLI has found. A CLI that is too old is not asked until its binary is another one."""
+        if too_old:
+            self._too_old[provider.name] = self._identity(binary), version
+        else:
+            self._too_old.pop(provider.name, None)
+
+    def _outdated(self, provider: Provider, binary: str) -> str:
+        """The version of a CLI that is too old; "" if it is not known to be."""
+        if provider.name not in self._too_old:
+            return ""
+        identity, version = self._too_old[provider.name]
+        return version if identity == self._identity(binary) else ""
 
     def models(self) -> List[Tuple[str, str]]:
         """(model name, owner) of all that can be served now: no process is started for it. Routes and aliases among them, those
@@ -7058,11 +7094,14 @@ class Router:
         raise ModelNotFound(f"the model `{model}` does not exist here", f"this proxy can serve {names}",
                             "use one of these, or provider/model, such as claude/opus", param="model")
 
-    @staticmethod
-    def _ready(provider: Provider) -> Provider:
-        if provider.binary(os.environ) is None:
+    def _ready(self, provider: Provider) -> Provider:
+        binary = provider.binary(os.environ)
+        if binary is None:
             raise ModelNotFound(f"{provider.name} is not installed on this machine", f"there is no `{provider.row['binary']}` on the PATH",
                                 f"install it: {provider.row.get('install', '')}; then {provider.login}", param="model")
+        version = self._outdated(provider, binary)
+        if version:
+            raise TooOld.of(provider.name, version, provider.row)
         return provider
 
     def _default_model(self, provider: Provider) -> str:
@@ -9375,21 +9414,300 @@ def bench_address(process: Any, log_file: Any) -> str:
     raise ConfigError("the proxy to be measured did not start within 20 s")
 
 
+# === Leak test =======================================================================================================
+# Is this version of a CLI, behind the proxy, still a model and nothing more? Each way to talk to it is tried against a model
+# server of ours on loopback, in a home and with a login that are made up (`leak_test` in providers.json says how). So it needs
+# no credential, costs nothing, and shows what really reaches a model. Doctor runs it for a version that nobody has tested.
+#
+#     doctor -- starts --> cliproxy.py _leaks NAME -- as for any request --> the CLI -- HTTP --> ModelServer, in _leaks
+
+LEAK_BYTES = 3000           # a request may be so much longer than its own words; the tested versions add up to 2,040 bytes
+LEAK_SECONDS = 30.0         # for one answer
+LEAK_QUIET = 1.0            # seconds after an answer in which a CLI may be seen to go on by itself
+LEAK_WORDS = ("one ", "two ", "three ", "four")
+LEAK_CANARY = "leak-canary-81b5"        # stands in the files that a CLI may read instructions from by itself
+LEAK_MEMORIES = ("CLAUDE.md", "AGENTS.md", "GEMINI.md", "QWEN.md", ".claude/CLAUDE.md", ".codex/AGENTS.md",
+                 ".gemini/GEMINI.md", ".qwen/QWEN.md")
+
+
+def said_by_anthropic(words: Sequence[str], usage: Mapping[str, int]) -> Iterator[Mapping[str, Any]]:
+    """The stream of an answer, as the Messages API sends it (docs.anthropic.com/en/api/messages-streaming)."""
+    yield {"type": "message_start", "message": {
+        "id": "msg_leak", "type": "message", "role": "assistant", "model": "leak-test", "content": [],
+        "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": usage["in"], "output_tokens": 1}}}
+    yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    for word in words:
+        yield {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
+    yield {"type": "content_block_stop", "index": 0}
+    yield {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+           "usage": {"output_tokens": usage["out"]}}
+    yield {"type": "message_stop"}
+
+
+def said_by_gemini(words: Sequence[str], usage: Mapping[str, int]) -> Iterator[Mapping[str, Any]]:
+    """The same as streamGenerateContent sends it (ai.google.dev/api/generate-content)."""
+    counts = {"promptTokenCount": usage["in"], "candidatesTokenCount": usage["out"],
+              "totalTokenCount": usage["in"] + usage["out"]}
+    for word in words:
+        content = {"role": "model", "parts": [{"text": word}]}
+        yield {"candidates": [{"index": 0, "content": content}], "usageMetadata": counts}
+    content = {"role": "model", "parts": [{"text": ""}]}
+    yield {"candidates": [{"index": 0, "content": content, "finishReason": "STOP"}], "usageMetadata": counts}
+
+
+def said_by_responses(words: Sequence[str], usage: Mapping[str, int]) -> Iterator[Mapping[str, Any]]:
+    """The same as the Responses API sends it (platform.openai.com/docs/api-reference/responses-streaming)."""
+    item = {"type": "message", "id": "item_0", "role": "assistant", "status": "in_progress", "content": []}
+    yield {"type": "response.created", "response": {"id": "resp_leak"}}
+    yield {"type": "response.output_item.added", "output_index": 0, "item": item}
+    for word in words:
+        yield {"type": "response.output_text.delta", "item_id": "item_0", "output_index": 0,
+               "content_index": 0, "delta": word}
+    content = [{"type": "output_text", "text": "".join(words), "annotations": []}]
+    yield {"type": "response.output_item.done", "output_index": 0,
+           "item": {**item, "status": "completed", "content": content}}
+    yield {"type": "response.completed", "response": {"id": "resp_leak", "usage": {
+        "input_tokens": usage["in"], "output_tokens": usage["out"], "total_tokens": usage["in"] + usage["out"],
+        "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}}}
+
+
+def said_by_openai(words: Sequence[str], usage: Mapping[str, int]) -> Iterator[Mapping[str, Any]]:
+    """The same as chat completions sends it (platform.openai.com/docs/api-reference/chat-streaming)."""
+    base = {"id": "chatcmpl-leak", "created": 1, "model": "leak-test", "object": "chat.completion.chunk"}
+    for word in words:
+        yield {**base, "choices": [{"index": 0, "delta": {"role": "assistant", "content": word}, "finish_reason": None}]}
+    yield {**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    yield {**base, "choices": [], "usage": {"prompt_tokens": usage["in"], "completion_tokens": usage["out"],
+                                            "total_tokens": usage["in"] + usage["out"]}}
+
+
+SAID_BY = {
+    "/messages": said_by_anthropic,
+    ":streamGenerateContent": said_by_gemini,
+    "/responses": said_by_responses,
+    "/chat/completions": said_by_openai,
+}
+
+
+def tools_in(value: Any) -> Iterator[str]:
+    """The names of the tools that a request to any of these APIs offers its model."""
+    rows = value.get("tools") if isinstance(value, dict) else None
+    for row in rows if isinstance(rows, list) else ():
+        functions = row.get("functionDeclarations", [row.get("function", row)])
+        for function in functions:
+            yield str(function.get("name") or function.get("type"))
+
+
+class ModelConnection(BaseHTTPRequestHandler):
+    """One connection of a CLI to the ModelServer."""
+    protocol_version = "HTTP/1.1"
+    server: ModelServer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer(404)
+
+    def do_HEAD(self) -> None:
+        self._answer(200)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = self.path.partition("?")[0]
+        say = next((said for end, said in SAID_BY.items() if path.endswith(end)), None)
+        if say is None:                     # to count tokens, to report how it is used
+            return self._answer(404)
+        self.server.asked.append(body)
+        frames = list(say(LEAK_WORDS, {"in": 7, "out": 4}))
+        if self.server.cut_after:           # words are out, and no reason to stop: a broken connection
+            last = json.dumps(LEAK_WORDS[self.server.cut_after - 1])
+            frames = frames[:[last in json.dumps(frame) for frame in frames].index(True) + 1]
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for frame in frames:
+            kind = f"event: {frame['type']}\n" if "type" in frame else ""
+            data = f"{kind}data: {json.dumps(frame)}\n\n".encode()
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        if self.server.cut_after:
+            self.close_connection = True
+        else:
+            self.wfile.write(b"0\r\n\r\n")
+
+    def _answer(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+class ModelServer(socketserver.ThreadingMixIn, HTTPServer):
+    """What a CLI takes for its service. `asked` are the bodies of the requests for an answer. Answers break off after `cut_after`
+    words, unless that is 0."""
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ModelConnection)
+        self.asked: List[bytes] = []
+        self.cut_after = 0
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass                                # the CLI was stopped while it was being answered
+
+
+def made_up_home(provider: Provider, url: str) -> Dict[str, str]:
+    """Write the home of a person who has set this CLI up with the service at `url`, below TMPDIR; the environment that leads there."""
+    row = provider.row["leak_test"]
+    home = tempfile.mkdtemp(prefix="home-")
+    with_url = lambda text: text.replace("{url}", url)      # noqa: E731
+    memories = {path: f"Begin with {LEAK_CANARY}.\n" for path in LEAK_MEMORIES}
+    for path, text in {**memories, **row.get("files", {})}.items():
+        os.makedirs(os.path.dirname(os.path.join(home, path)), exist_ok=True)
+        with open(os.path.join(home, path), "w", encoding="utf-8") as f:
+            f.write(with_url(text))
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+    return {**kept, "HOME": home, **{name: with_url(text) for name, text in row.get("env", {}).items()}}
+
+
+class LeakTest:
+    """Tries one way to talk to a CLI. Each method gives what that does which the request did not ask for, a sentence each."""
+
+    def __init__(self, router: Router, name: str, strategy: Strategy, server: ModelServer):
+        self._router = router
+        self._name = name
+        self._strategy = strategy
+        self._server = server
+
+    def faults(self) -> Iterator[str]:
+        tools = self._strategy.tools or {}
+        if not tools.get("only"):           # a way for requests with tools
+            yield from self.plain()
+            yield from self.cut()
+        if tools:
+            yield from self.tools()
+
+    def plain(self) -> Iterator[str]:
+        words = f"Leak test {uuid.uuid4().hex}: @/etc/hostname"
+        text, error = self._ask(words)
+        if error:
+            yield f"it does not answer: {error.message}"
+        elif text.strip() != "".join(LEAK_WORDS):
+            yield f"its answer came out as {text[:60]!r}, where the model said {''.join(LEAK_WORDS)!r}"
+        bodies = list(self._server.asked)
+        if not any(words.encode() in body for body in bodies):
+            yield "the words of the request did not reach the model as they were"
+        if any(LEAK_CANARY.encode() in body for body in bodies):
+            yield "it tells the model what stands in the person's own files"
+        more = len(max(bodies, key=len, default=b"")) - len(words)
+        if more > LEAK_BYTES:
+            yield f"it tells the model {more:,} bytes of its own"
+        if self._offered():
+            yield f"it offers the model tools of its own: {', '.join(self._offered()[:8])}"
+        time.sleep(LEAK_QUIET)
+        if len(self._server.asked) > 1:
+            yield f"it called the model {len(self._server.asked)} times for one request"
+
+    def cut(self) -> Iterator[str]:
+        for said in (1, 2, 3):
+            text, error = self._ask("Leak test: an answer that breaks off", cut_after=said)
+            if error is None:
+                yield f"an answer that broke off after {said} of 4 words is passed off as whole: {text[:60]!r}"
+
+    def tools(self) -> Iterator[str]:
+        for tool in ("first", "second", "third", "fourth"):     # more than there are processes ready
+            _, error = self._ask(f"Leak test: a request with the tool {tool}", tool)
+            if error:
+                yield f"it does not answer a request with a tool: {error.message}"
+            elif len(self._offered()) != 1 or not self._offered()[0].endswith(tool):
+                offered = ", ".join(self._offered()) or "none"
+                yield f"of a request with the tool {tool} its model was offered {offered}"
+
+    def _ask(self, text: str, *tools: str, cut_after: int = 0) -> Tuple[str, Optional[ProxyError]]:
+        """The text that came, and the error if it ended in one."""
+        self._server.asked.clear()
+        self._server.cut_after = cut_after
+        offered = tuple(Tool(tool, f"The tool {tool}.", {"type": "object", "properties": {}}) for tool in tools)
+        messages = (Message("system", (TextPart("A leak test."),)), Message("user", (TextPart(text),)))
+        came: List[str] = []
+        try:
+            with Scope({"total": LEAK_SECONDS}) as scope:
+                answer = self._router.answer(Request(self._name, messages, {}, tools=offered), scope)
+                came += (event.text for event in answer.events if isinstance(event, Text))
+            return "".join(came), None
+        except ProxyError as e:
+            return "".join(came), e
+
+    def _offered(self) -> List[str]:
+        """The names of the tools that the last request has brought to the model."""
+        return sorted({name for body in self._server.asked for name in tools_in(json.loads(body))})
+
+
+def command_leaks(args: argparse.Namespace, config: Mapping[str, Any]) -> int:
+    """Run the leak test of one provider: a line for each fault, exit status 1 if there is one."""
+    name, server, faults = args.provider, ModelServer(), 0
+    row, ways = config["providers"][name], {}
+    for strategy in load_providers(config)[name].strategies:
+        alone = {key: value for key, value in strategy.row.items() if key != "like"}
+        ways[f"{name}-{strategy.name}"] = {**row, "strategies": [alone], "breaker": {"failures": 1000}}
+    providers = load_providers({**config, "providers": ways})
+    environ = made_up_home(load_providers(config)[name], f"http://127.0.0.1:{server.server_port}")
+    os.environ.clear()
+    os.environ.update(environ)
+    router = Router(providers, Spawner(), go_on=False)
+    threading.Thread(target=server.serve_forever, args=(STOP_POLL,), name="model", daemon=True).start()
+    try:
+        for way, provider in providers.items():
+            strategy = provider.strategies[0]
+            for fault in LeakTest(router, way, strategy, server).faults():
+                faults += 1
+                print(f"{strategy.name}: {fault}", flush=True)
+    finally:
+        router.close()
+        server.shutdown()
+        server.server_close()
+        shutil.rmtree(environ["HOME"], ignore_errors=True)
+    return 1 if faults else 0
+
+
+def leak_test(router: Router, provider: Provider, files: Sequence[str]) -> List[str]:
+    """The faults that the leak test finds in a provider's CLI as it is installed here, a sentence each; it takes some seconds."""
+    argv = [os.path.abspath(__file__), "_leaks", provider.name]
+    for path in files:
+        argv += ["--providers", os.path.abspath(path)]
+    status, out, errors = router.probe(provider, sys.executable, argv, 300)
+    lines = out.strip().splitlines()
+    if status not in (0, 1) or status == 1 and not lines:
+        said = errors.strip().splitlines()
+        return [f"the leak test could not be run: {said[-1] if said else f'exit status {status}'}"]
+    return lines
+
+
 # === Command line ====================================================================================================
 
 
-def probe_version(router: Router, provider: Provider, binary: str) -> Tuple[str, bool]:
-    """(version, inside the tested range); ("", True) if the CLI has no version rule, ("unknown", False) if it does not say."""
+def version_number(text: str) -> List[int]:
+    """The numbers of a version, to compare it with another: 2.1.332 is [2, 1, 332]."""
+    return [int(n) for n in re.findall(r"\d{1,9}", text)]
+
+
+def probe_version(router: Router, provider: Provider, binary: str) -> Tuple[str, str]:
+    """(the version that the CLI says it is, what to think of that: "", "untested" or "too old").
+
+    ("", "") if the provider has no version rule, ("unknown", "untested") if the CLI does not say."""
     row = provider.row.get("version")
     if not row:
-        return "", True
+        return "", ""
     _, out, errors = router.probe(provider, binary, row["argv"], 60)
     m = re.search(row["match"], out + errors)
     if not m:
-        return "unknown", False
-    number = lambda text: [int(n) for n in re.findall(r"\d+", text)]      # noqa: E731
-    low, high = row.get("tested", [m.group(1), m.group(1)])
-    return m.group(1), number(low) <= number(m.group(1)) <= number(high)
+        return "unknown", "untested"
+    version = version_number(m.group(1))
+    if "tested" in row and version < version_number(row["tested"][0]):
+        return m.group(1), "too old"
+    if "tested" in row and version > version_number(row["tested"][1]):
+        return m.group(1), "untested"
+    return m.group(1), ""
 
 
 def probe_login(router: Router, provider: Provider, binary: str) -> Optional[bool]:
@@ -9413,17 +9731,33 @@ def probe_login(router: Router, provider: Provider, binary: str) -> Optional[boo
     return False
 
 
-def look_at(router: Router, provider: Provider, say: Callable[[str], None]) -> bool:
-    """Say one line about a provider: found, version, tested, logged in, and what to type if something is missing. True if all is well."""
+@dataclass(frozen=True)
+class Look:
+    """What a look at a provider found: can it be asked, and is its version one that cliproxy was tested with."""
+    ready: bool
+    tested: bool = True
+
+
+def look_at(router: Router, provider: Provider, say: Callable[[str], None], hint: str = "") -> Look:
+    """Say one line about a provider: found, version, tested, logged in, and what to type if something is missing.
+
+    `hint` is what to do about a version that is newer than those that cliproxy was tested with."""
     binary = provider.binary(os.environ)
     if binary is None:
         say(f"  {provider.name:<8} not installed      {provider.row.get('install') or 'see its website'}")
-        return False
-    version, tested = probe_version(router, provider, binary)
+        return Look(False)
+    version, verdict = probe_version(router, provider, binary)
+    router.found_version(provider, binary, version, verdict == "too old")
+    if verdict == "too old":
+        error = TooOld.of(provider.name, version, provider.row)
+        say(f"  {provider.name:<8} {version:<18} too old: {error.why}; {error.do}")
+        return Look(False)
     login = router.logged_in[provider.name] = probe_login(router, provider, binary)
-    state = f"{version or 'built in':<18} {'' if tested else 'untested version; '}"
-    say(f"  {provider.name:<8} {state}{'ready' if login is not False else 'not logged in: ' + provider.login}")
-    return login is not False
+    state = "ready" if login is not False else f"not logged in: {provider.login}"
+    if verdict == "untested":
+        state = "; ".join(["untested version", *([hint] if hint else []), state])
+    say(f"  {provider.name:<8} {version or 'built in':<18} {state}")
+    return Look(login is not False, verdict != "untested")
 
 
 def live_check(router: Router, provider: Provider) -> Tuple[bool, str]:
@@ -9453,11 +9787,17 @@ def command_doctor(args: argparse.Namespace, providers: Dict[str, Provider]) -> 
             raise ConfigError(f"there is no provider {unknown[0]}; there are {', '.join(providers)}")
         ready = 0
         for provider in (providers[n] for n in names):
-            fine = look_at(router, provider, print)
+            look = look_at(router, provider, print)
+            fine = look.ready
             installed = provider.binary(os.environ) is not None
             for key, row in kept.table().items():
                 if key.partition("/")[0] == provider.name:
                     print(f"  {'':<8} {key} is not asked for another {row['retry_after']:.0f} s: {row['what']}" + (f": {row['why']}" if row["why"] else ""))
+            if "leak_test" in provider.row and installed and (args.leaks or not look.tested):
+                faults = leak_test(router, provider, args.providers)
+                for line in faults or ["nothing found"]:
+                    print(f"  {'':<8} leak test: {line}")
+                good = good and not faults
             if args.live and installed:
                 fine, came = live_check(router, provider)
                 print(f"  {'':<8} {'live: ' + came}")
@@ -9593,11 +9933,11 @@ def _greet(state: State, warm: bool) -> None:
         if not state.stopping.is_set():     # what was found then is only that no process can be started any more
             print(line, file=sys.stderr, flush=True)
     for provider in state.router.providers.values():
-        ready = look_at(state.router, provider, say)
+        look = look_at(state.router, provider, say, "\"cliproxy.py doctor\" tries it out")
         binary = provider.binary(os.environ)
         if binary:
             state.router.prepared(provider, binary)
-        if ready and warm and not state.stopping.is_set():
+        if look.ready and warm and not state.stopping.is_set():
             state.router.warm(provider)
     state.sessions.tidy()
     while not state.stopping.wait(TIDY_EVERY):
@@ -9901,6 +10241,8 @@ def argument_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", parents=[common], help="what is installed, tested, logged in; exit status 0 if all is well")
     doctor.add_argument("provider", nargs="*", help="only these")
     doctor.add_argument("--live", action="store_true", help="one real request to each (uses a little of your quota)")
+    doctor.add_argument("--leaks", action="store_true", help="see that each CLI is a model and nothing more, with a made-up service and login "
+                        "(done by itself for a version that cliproxy was not tested with)")
     listing = commands.add_parser("providers", parents=[common], help="print the merged providers as JSON")
     listing.add_argument("--builtin", action="store_true", help="print providers.json as this script carries it")
     parser.epilog = re.sub(r"(?s).*?\n\n(?:options|optional arguments):\n.*?(?=  --(?!help))", "options of serve:\n", serve.format_help(), count=1) + "\n" + str(parser.epilog)
@@ -9923,6 +10265,8 @@ def argument_parser() -> argparse.ArgumentParser:
     image = deploy.add_parser("compose", help="a Dockerfile and a compose.yaml with Redis")
     image.add_argument("--port", metavar="N", type=int, default=8080, help="port on this machine's loopback (default: %(default)s)")
     image.add_argument("--into", metavar="DIR", default="", help="write them and a copy of the script there; nothing is overwritten")
+    leaks = commands.add_parser("_leaks", parents=[common])
+    leaks.add_argument("provider")
     echo = commands.add_parser("_echo")
     echo.add_argument("--json", action="store_true")
     echo.add_argument("--acp", action="store_true")
@@ -9931,7 +10275,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = ("serve", "doctor", "bench", "deploy", "providers", "_echo")
+    commands = ("serve", "doctor", "bench", "deploy", "providers", "_leaks", "_echo")
     if not any(w in commands for w in words[:1]) and not any(w in ("-h", "--help", "--version") for w in words):
         words.insert(0, "serve")
     cut = words.index("--") if words[:2] == ["deploy", "systemd"] and "--" in words else len(words)
@@ -9949,8 +10293,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             _not_negative(args.hedge_ms, "--hedge-ms")
             config = merged(config, {"defaults": {"hedge_ms": args.hedge_ms}})
         providers, routes = load_providers(config), load_routes(config, getattr(args, "route", []))
-        if args.command == "providers":
-            return command_providers(args, config)
+        if args.command in ("providers", "_leaks"):
+            return (command_providers if args.command == "providers" else command_leaks)(args, config)
         return command_serve(args, providers, routes) if args.command == "serve" else {"doctor": command_doctor, "bench": command_bench}[args.command](args, providers)
     except ConfigError as e:
         print(f"cliproxy: {e}", file=sys.stderr)
