@@ -8384,10 +8384,12 @@ def test_a_port_that_is_taken_is_one_clear_line():
 def test_start_up_says_what_was_found_what_not_and_what_to_type(serve):
     proxy = serve(clis=("claude", "codex", "qwen"), scripts={"claude": {"probes": {"auth status": ["{}", 1]}}, "codex": {"probes": {"--version": ["codex-cli 9.9.9", 0]}},
                                                             "qwen": {"probes": {"--version": ["no idea", 0]}}}).settled()
+    untested = 'untested version; "cliproxy.py doctor" tries it out; ready'
     assert proxy.log().splitlines()[:6] == [
         f"cliproxy {cliproxy.VERSION} on http://localhost:{proxy.port}/v1   (OPENAI_BASE_URL=http://localhost:{proxy.port}/v1)",
         '  claude   2.1.197            not logged in: run "claude" and type /login', "  gemini   not installed      npm install -g @google/gemini-cli",
-        "  codex    9.9.9              untested version; ready", "  qwen     unknown            untested version; ready", "  echo     built in           ready"]
+        f"  codex    9.9.9              {untested}", f"  qwen     unknown            {untested}",
+        "  echo     built in           ready"]
     proxy.play("claude", ["begin"], ["fail", "API Error: Unable to connect to API (ConnectionRefused)", None], ["exit", 1])
     answered = proxy.ask("claude")              # what it says itself is not why
     assert answered.error == (401, "authentication_error", "not_logged_in", None) and answered.message == 'claude is not logged in: run "claude" and type /login'
