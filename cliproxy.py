@@ -662,17 +662,22 @@ BUILTIN_PROVIDERS = r'''{
       "binary": "claude",
       "install": "npm install -g @anthropic-ai/claude-code",
       "login": "run \"claude\" and type /login",
-      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["2.1.0", "2.1.999"], "pinned": "2.1.197"},
+      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["2.1.197", "2.1.340"], "pinned": "2.1.332"},
       "home": ["{env:CLAUDE_CONFIG_DIR|~/.claude}", "~/.claude.json"],
       "leak_test": {"env": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_API_KEY": "none"}},
       "logged_in": [{"argv": ["auth", "status"], "exit": 0}],
       "models": {
         "default": "sonnet",
-        "names": ["sonnet", "sonnet[1m]", "opus", "haiku", "fable", "claude-sonnet-5", "claude-opus-4-8", "claude-fable-5", "claude-haiku-4-5-20251001"],
+        "names": ["sonnet", "opus", "haiku", "fable",
+                  "claude-sonnet-5-5", "claude-opus-5-5", "claude-haiku-5-5", "claude-fable-5-2",
+                  "claude-sonnet-5", "claude-opus-5", "claude-opus-4-8", "claude-sonnet-4-6",
+                  "claude-haiku-4-5-20251001"],
         "aliases": {"claude-haiku-4-5": "claude-haiku-4-5-20251001"},
         "also": "claude-*"
       },
-      "context": {"*": 200000, "*[[]1m]": 1000000},
+      "context": {"*": 1000000, "*claude-3*": 200000, "*claude-haiku-4*": 200000, "*claude-sonnet-4*": 200000,
+                  "*claude-opus-4*": 200000, "*claude-opus-4-7*": 1000000, "*claude-opus-4-8*": 1000000,
+                  "*[[]1m]": 1000000},
       "env": {
         "pass": ["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CONFIG_DIR",
                  "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "AWS_*", "CLOUD_ML_REGION", "ANTHROPIC_VERTEX_PROJECT_ID",
@@ -684,29 +689,27 @@ BUILTIN_PROVIDERS = r'''{
           "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
           "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
           "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",
+          "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
+          "ANTHROPIC_CUSTOM_MODEL_OPTION": "{model}",
           "DISABLE_COMPACT": "1",
           "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "1000000000",
           "DISABLE_AUTOUPDATER": "1",
           "ANTHROPIC_CUSTOM_HEADERS": "{env:ANTHROPIC_CUSTOM_HEADERS|}\nx-cliproxy-hop: {hop}",
           "MAX_THINKING_TOKENS": "{thinking}",
-          "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "{max_tokens}",
-          "CLAUDE_CODE_EXTRA_BODY": {"json": {"temperature": "{temperature}", "top_p": "{top_p}", "stop_sequences": "{stop}"}}
+          "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "{max_tokens}"
         }
       },
       "derive": {
-        "thinking": {"from": "effort", "map": {"none": 0, "minimal": 0}},
-        "level": {"from": "effort", "map": {"low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}},
-        "silent": {"from": "unkept", "models": "haiku", "map": {"yes": 0}}
+        "thinking": {"from": "effort", "models": "claude-(?:3|instant|haiku-4|sonnet-4|opus-4|(?:sonnet|opus)-5(?!-\\d{1,2}(?:\\D|$)))", "map": {"none": 0, "minimal": 0}},
+        "level": {"from": "effort", "models": "^(?!.*claude-(?:3|instant|haiku-4|(?:sonnet|opus)-4(?!-[678](?:\\D|$))))",
+                  "map": {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}},
+        "silent": {"from": "unkept", "models": "claude-(?:3|haiku-4|(?:sonnet|opus)-4(?!-[678](?:\\D|$)))", "map": {"yes": 0}}
       },
       "files": {
         "system.md": "{system}",
-        "history.jsonl": {"lines": [{"for": "history:anthropic",
-          "user": {"type": "user", "uuid": "{id}", "parentUuid": "{parent}", "sessionId": "{uuid}", "timestamp": "2026-01-01T00:00:00.000Z",
-                   "isMeta": true, "message": {"role": "user", "content": "{content}"}},
-          "assistant": {"type": "assistant", "uuid": "{id}", "parentUuid": "{parent}", "sessionId": "{uuid}", "timestamp": "2026-01-01T00:00:00.000Z",
-                        "message": {"id": "msg_{id}", "type": "message", "role": "assistant", "model": "claude", "content": "{content}"}},
-          "end": {"type": "assistant", "uuid": "{id}", "parentUuid": "{parent}", "sessionId": "{uuid}", "timestamp": "2026-01-01T00:00:00.000Z", "isApiErrorMessage": true,
-                  "message": {"id": "msg_{id}", "type": "message", "role": "assistant", "model": "<synthetic>", "content": [{"type": "text", "text": "x"}]}}}]}
+        "settings.json": {"json": {"crossSessionInbound": "refuse", "env": {"CLAUDE_CODE_EXTRA_BODY": {"json": {
+          "messages": "{messages:anthropic_cached}", "temperature": "{temperature}", "top_p": "{top_p}",
+          "stop_sequences": "{stop}"}}}}}
       },
       "events": [
         {"if": {"event.delta.type": "text_delta"}, "text": "event.delta.text"},
@@ -719,81 +722,119 @@ BUILTIN_PROVIDERS = r'''{
         {"if": {"event.type": "message_start"}, "usage": {
           "input": ["event.message.usage.input_tokens", "event.message.usage.cache_read_input_tokens", "event.message.usage.cache_creation_input_tokens"],
           "cached": "event.message.usage.cache_read_input_tokens"}},
-        {"if": {"event.type": "message_delta", "event.delta.stop_reason": ["max_tokens", "model_context_window_exceeded"]},
+        {"if": {"event.type": "message_delta",
+                "event.delta.stop_reason": ["max_tokens", "model_context_window_exceeded", "pause_turn"]},
          "usage": {"output": "event.usage.output_tokens"}, "done": "length", "kill": true},
-        {"if": {"event.type": "message_delta", "event.delta.stop_reason": "refusal"}, "usage": {"output": "event.usage.output_tokens"}, "done": "content_filter", "kill": true},
-        {"if": {"event.type": "message_delta", "event.delta.stop_reason": "tool_use", "@calls": true}, "usage": {"output": "event.usage.output_tokens"}, "done": "tool_calls"},
-        {"if": {"event.type": "message_delta", "@text": false}, "usage": {"output": "event.usage.output_tokens"}, "done": "stop", "kill": true},
-        {"if": {"event.type": "message_delta"}, "usage": {"output": "event.usage.output_tokens"}, "done": "stop"},
+        {"if": {"event.type": "message_delta", "event.delta.stop_reason": "refusal"},
+         "usage": {"output": "event.usage.output_tokens"}, "done": "content_filter", "kill": true},
+        {"if": {"event.type": "message_delta", "event.delta.stop_reason": "tool_use", "@calls": true},
+         "usage": {"output": "event.usage.output_tokens"}, "done": "tool_calls"},
+        {"if": {"event.type": "message_delta", "event.delta.stop_reason": ["end_turn", "stop_sequence"], "@text": true},
+         "usage": {"output": "event.usage.output_tokens"}, "done": "stop"},
+        {"if": {"event.type": "message_delta", "event.delta.stop_reason": {"exists": true}},
+         "usage": {"output": "event.usage.output_tokens"}, "done": "stop", "kill": true},
         {"if": {"type": "rate_limit_event", "rate_limit_info.status": "rejected"}, "reset": "rate_limit_info.resetsAt",
          "limits": [{"window": "rate_limit_info.rateLimitType", "used": 100, "resets": "rate_limit_info.resetsAt"}]},
         {"if": {"type": "rate_limit_event"}, "limits": [{"window": "rate_limit_info.rateLimitType", "part": "rate_limit_info.utilization", "resets": "rate_limit_info.resetsAt"}]},
         {"if": {"type": "result", "is_error": true}, "error": {"message": "result", "status": "api_error_status", "kind": "error"}},
-        {"if": {"type": "result", "stop_reason": "refusal"}, "done": "content_filter"},
-        {"if": {"type": "result"}, "done": "stop"},
+        {"if": {"type": "result"}, "error": {"words": "its answer ended without a finish reason"}},
+        {"if": {"type": "user", "message.content.0.is_error": true}, "skip": true},
+        {"if": {"type": "user", "message.content.0.type": "tool_result"},
+         "error": {"words": "it ran a tool of its own, though it was started without any"}},
         {"if": {"type": "control_request", "request.subtype": "mcp_message"}, "reply": {"mcp_response": "{mcp:request.message}"}},
         {"if": {"type": "control_request", "request.subtype": "hook_callback"}, "reply_after": {"event.type": "message_stop"},
          "reply": {"hookSpecificOutput": {"hookEventName": "PreToolUse", "permissionDecision": "defer"}}},
-        {"if": {"type": ["system", "stream_event", "assistant", "user", "control_response"]}, "skip": true}
+        {"if": {"type": ["system", "stream_event", "assistant", "user", "control_response", "command_lifecycle"]}, "skip": true}
       ],
-      "args": ["--tools", "", "--no-session-persistence", "--strict-mcp-config", "--setting-sources", "", "--disable-slash-commands",
-               "--model", "{model}", ["--system-prompt-file", "{file:system.md}"], {"unless": "system", "argv": ["--system-prompt", ""]},
-               ["--effort", "{level}"], ["--resume", "{file:history.jsonl}"]],
+      "args": ["--tools", "", "--no-session-persistence", "--strict-mcp-config", "--setting-sources", "",
+               "--disable-slash-commands", "--max-turns", "1", "--model", "{model}", ["--system-prompt-file", "{file:system.md}"],
+               {"unless": "system", "argv": ["--system-prompt", ""]}, ["--effort", "{level}"], "--settings", "{file:settings.json}"],
       "strategies": [
         {
           "driver": "claude-stream",
+          "lean": true,
           "images": true, "documents": ["application/pdf"],
-          "tools": {"prefix": "mcp__c__", "description": 2048, "flat": true, "live": true, "answers": true},
+          "tools": {"prefix": "mcp__c__", "description": 2048, "flat": true, "live": true, "answers": true, "forced": "claude-(?:3|instant|haiku-4|sonnet-4|opus-4|(?:sonnet|opus)-5(?!-\\d{1,2}(?:\\D|$)))"},
+          "strict_schemas": true, "schemas": {"models": "^(?!.*claude-(?:3|instant|haiku-4|sonnet-4|opus-4|(?:sonnet|opus)-5(?!-\\d{1,2}(?:\\D|$))))",
+                      "without": ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+                                  "multipleOf", "minLength", "maxLength", "minItems", "maxItems", "pattern", "format", "propertyNames", "contains"]},
           "slots": 20,
-          "resident": {"conversations": 1, "memory_mb": 400},
+          "resident": {"conversations": 1, "memory_mb": 400, "live": 0},
           "argv": ["-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose", "--include-partial-messages",
-                   "--tools", "", "--no-session-persistence", "--strict-mcp-config", "--setting-sources", "project", "--disable-slash-commands"],
-          "files": {"system.md": null, "history.jsonl": null},
-          "env": {"MAX_THINKING_TOKENS": null, "CLAUDE_CODE_MAX_OUTPUT_TOKENS": null, "CLAUDE_CODE_EXTRA_BODY": null},
+                   "--tools", "", "--no-session-persistence", "--strict-mcp-config", "--setting-sources", "project",
+                   "--disable-slash-commands", "--max-turns", "1", "--settings", "{\"crossSessionInbound\": \"refuse\"}"],
+          "files": {"system.md": null, "settings.json": null},
+          "env": {"ANTHROPIC_CUSTOM_MODEL_OPTION": null, "MAX_THINKING_TOKENS": null, "CLAUDE_CODE_MAX_OUTPUT_TOKENS": null},
           "start": [
             {"call": "initialize", "params": {"systemPrompt": [""], "hooks": {"PreToolUse": [{"matcher": "*", "hookCallbackIds": ["defer"]}]}}, "take": {}},
             {"call": "apply_flag_settings", "params": {"settings": {"env": {"CLAUDE_CODE_EXTRA_BODY": ""}}}, "take": {}},
             {"line": {"type": "user", "uuid": "{uuid}", "shouldQuery": false, "message": {"role": "user", "content": [{"type": "text", "text": "x"}]}}, "until": true}],
           "open": [
-            {"line": {"type": "system", "subtype": "compact_boundary", "compact_metadata": {"trigger": "manual", "pre_tokens": 0}, "uuid": "{new_uuid}"}},
-            {"if": "system", "replace": {"work/.claude/agents/dyn.md": "---\nname: {system_name}\ndescription: d\n---\n{system}"}, "call": "reload_plugins"},
-            {"call": "apply_flag_settings", "params": {"settings": {"agent": "{system_name|null}", "effortLevel": "{level|null}", "env": {
-              "CLAUDE_CODE_MAX_OUTPUT_TOKENS": {"text": "{max_tokens|}"},
-              "CLAUDE_CODE_EXTRA_BODY": {"json": {"temperature": "{temperature}", "top_p": "{top_p}", "stop_sequences": "{stop}",
-                                                  "tool_choice": "{choice:anthropic}"}, "else": ""}}}}},
-            {"call": "set_model", "params": {"model": "{model}"}},
-            {"call": "set_max_thinking_tokens", "params": {"max_thinking_tokens": "{thinking|null}"}},
-            {"if": "forced", "call": "set_max_thinking_tokens", "params": {"max_thinking_tokens": 0}},
-            {"if": "silent", "call": "set_max_thinking_tokens", "params": {"max_thinking_tokens": "{silent}"}},
-            {"call": "mcp_set_servers", "params": {"servers": {}}},
-            {"if": "tools", "call": "mcp_set_servers", "params": {"servers": {"c": {"type": "sdk", "name": "c"}}}},
-            {"line": {"type": "system", "subtype": "compact_boundary", "compact_metadata": {"trigger": "manual", "pre_tokens": 0}, "uuid": "{new_uuid}"}}],
+            {"changed": ["{system_name}"], "steps": [
+              {"if": "system", "replace": {"work/.claude/agents/dyn.md": "---\nname: {system_name}\ndescription: d\n---\n{system}"},
+               "call": "reload_plugins"}]},
+            {"changed": ["{system_name|null}", "{level|null}", "{max_tokens|null}", "{model}"], "steps": [
+              {"call": "apply_flag_settings", "params": {"settings": {
+                "agent": "{system_name|null}", "effortLevel": "{level|null}", "showThinkingSummaries": true,
+                "env": {"ANTHROPIC_CUSTOM_MODEL_OPTION": "{model}", "CLAUDE_CODE_MAX_OUTPUT_TOKENS": {"text": "{max_tokens|}"}}}}}]},
+            {"changed": ["{model}"], "steps": [{"call": "set_model", "params": {"model": "{model}"}, "take": {}}]},
+            {"changed": ["{thinking|null}", "{forced|null}", "{silent|null}"], "steps": [
+              {"call": "set_max_thinking_tokens", "params": {"max_thinking_tokens": "{thinking|null}"}},
+              {"if": "forced", "call": "set_max_thinking_tokens", "params": {"max_thinking_tokens": 0}},
+              {"if": "silent", "call": "set_max_thinking_tokens", "params": {"max_thinking_tokens": "{silent}"}}]},
+            {"changed": ["{tools:mcp}"], "steps": [
+              {"call": "mcp_set_servers", "params": {"servers": {}}},
+              {"if": "tools", "call": "mcp_set_servers", "params": {"servers": {"c": {"type": "sdk", "name": "c"}}}}]}],
           "ask": [
+            {"call": "apply_flag_settings", "params": {"settings": {"env": {"CLAUDE_CODE_EXTRA_BODY": {"json": {
+              "messages": "{messages:anthropic_cached}", "tools": ["{*tools:anthropic}"], "tool_choice": "{choice:anthropic}",
+              "output_config": {"if": "schema", "is": {"format": {"type": "json_schema", "schema": "{schema}"}}},
+              "temperature": "{temperature}", "top_p": "{top_p}", "stop_sequences": "{stop}"}}}}}},
+            {"line": {"type": "system", "subtype": "compact_boundary", "compact_metadata": {"trigger": "manual", "pre_tokens": 0}, "uuid": "{new_uuid}"}},
+            {"line": {"type": "user", "uuid": "{new_uuid}", "message": {"role": "user", "content": [
+              {"type": "text", "text": "{first}"}, {"type": "text", "text": ""}]}}, "answer": true}],
+          "cancel": [{"call": "interrupt"}],
+          "ends": {"type": "result"}
+        },
+        {
+          "name": "claude-stream-turns",
+          "like": "claude-stream",
+          "lean": false,
+          "ask": [
+            {"call": "apply_flag_settings", "params": {"settings": {"env": {"CLAUDE_CODE_EXTRA_BODY": {"json": {
+              "tools": ["{*tools:anthropic}"], "tool_choice": "{choice:anthropic}",
+              "output_config": {"if": "schema", "is": {"format": {"type": "json_schema", "schema": "{schema}"}}},
+              "temperature": "{temperature}", "top_p": "{top_p}", "stop_sequences": "{stop}"}}}}}},
+            {"line": {"type": "system", "subtype": "compact_boundary", "compact_metadata": {"trigger": "manual", "pre_tokens": 0}, "uuid": "{new_uuid}"}},
             {"for": "history:anthropic",
              "user": [{"line": {"type": "user", "uuid": "{id}", "shouldQuery": false, "message": {"role": "user", "content": ["{*content}", {"type": "text", "text": ""}]}}, "until": true}],
              "assistant": [{"line": {"type": "assistant", "uuid": "{id}", "message": {"id": "msg_{id}", "type": "message", "role": "assistant", "model": "<synthetic>",
                             "content": "{content}", "stop_reason": null, "usage": {"input_tokens": 0, "output_tokens": 0}}}}]},
-            {"line": {"type": "user", "uuid": "{new_uuid}", "message": {"role": "user", "content": ["{*last:anthropic}", {"type": "text", "text": ""}]}}, "answer": true}],
-          "cancel": [{"call": "interrupt"}],
-          "ends": {"type": "result"}
+            {"line": {"type": "user", "uuid": "{new_uuid}", "message": {"role": "user", "content": ["{*last:anthropic}", {"type": "text", "text": ""}]}}, "answer": true}]
         },
         {
           "driver": "jsonl",
           "images": true, "documents": ["application/pdf"],
           "terminal": ["stdout"],
           "argv": ["-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose", "--include-partial-messages", "@args"],
-          "stdin": [{"type": "user", "uuid": "{uuid}", "message": {"role": "user", "content": ["{*last:anthropic}", {"type": "text", "text": ""}]}}]
+          "stdin": [{"type": "user", "uuid": "{uuid}", "message": {"role": "user", "content": [{"type": "text", "text": "{first}"}, {"type": "text", "text": ""}]}}]
         },
         {
           "driver": "text",
-          "documents": ["application/pdf"],
+          "images": true, "documents": ["application/pdf"],
           "argv": ["-p", "--input-format", "text", "--output-format", "text", "@args"],
-          "stdin": "{prompt}",
-          "guard": "^\\s*/",
+          "env": {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": null},
+          "stdin": "{first}",
+          "guard": "^\\s*(?:/|$)",
           "stream": false
         }
       ],
-      "status": "API Error: (\\d{3})\\b|Request rejected \\((\\d{3})\\)"
+      "errors": [
+        {"error": "parameter", "match": "(?P<parameter>output_config)\\b"},
+        {"error": "parameter", "match": "(?P<parameter>tool_choice)\\b.*(?:thinking|forces tool use)"},
+        {"error": "parameter", "match": "thinking.*?(?P<parameter>tool_choice)\\b"}
+      ],
+      "status": "API [Ee]rror: (\\d{3})\\b|Request rejected \\((\\d{3})\\)"
     },
     "gemini": {
       "title": "Gemini CLI, by Google",
@@ -1300,7 +1341,7 @@ TOOL_HOLES = {("choice", "anthropic"): ("tool_choice", "parallel_tool_calls"), (
               ("parallel", ""): ("parallel_tool_calls",)}       # what each makes native
 VARIABLES = {"dir", "self", "python", "uuid", "hop", "env", "file", "found", "prepared", "own", "model", "system", "prompt",
              "tools", "choice", "parallel", "forced", "unkept", "mcp_url", "mcp_token", "mcp", "line",
-             "transcript", "messages", "history", "last", "new", "schema", "json_mime", "item", "id", "parent", "content", *PARAMETERS,
+             "transcript", "messages", "history", "last", "new", "first", "schema", "json_mime", "item", "id", "parent", "content", *PARAMETERS,
              "plain", "fresh", "live", "ends_in_result", "profile", "profiles", "models", "flip", "system_name", "new_uuid", "session", "turn", "short"}
 
 
@@ -1376,6 +1417,7 @@ def _steps(value: Any, path: str) -> None:
 _STEP = {"call?": str, "notify?": str, "serve?": str, "line?": _template, "params?": _template, "as?": str, "take?": {"*": str}, "answer?": bool,
          "await?": str, "drop?": bool, "until?": bool, "updates?": {"if": {"*": _event_test}, "of": str, "and": int},
          "session?": str, "files?": {"*": _template}, "replace?": {"*": _template}, "remove?": [str], "lock?": bool, "unlock?": bool,
+         "changed?": _template, "steps?": _steps,
          "if?": str, "unless?": str, "for?": str, "user?": _steps, "assistant?": _steps}
 _RESIDENT = {"conversations?": int, "openings?": int, "warm?": int, "spares?": int, "spare_for?": _template, "live?": int, "turns?": int, "age?": float, "idle?": float, "memory_mb?": int}
 _TALK = {"start?": _steps, "open?": _steps, "ask?": _steps, "cancel?": _steps, "close?": _steps, "route?": str, "plain_only?": bool,
@@ -1386,13 +1428,14 @@ _TIMEOUTS = {"queue?": float, "start?": float, "first?": float, "failover?": flo
 _BREAKER = {"failures?": _not_negative, "seconds?": _not_negative, "longest?": _not_negative}
 _CALL = {"id?": str, "index?": str, "name?": _field_or_part, "arguments?": str, "served?": bool, "without?": [str]}
 _TOOLS = {"prefix?": str, "longest?": int, "description?": int, "reserved?": _regex, "any_only?": bool, "flat?": bool, "only?": bool, "live?": bool,
-          "not_with?": [str], "answers?": bool}
+          "not_with?": [str], "answers?": bool, "forced?": _regex}
 _EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "call?": _CALL, "keep?": str, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool,
                "reply?": _template, "reply_after?": {"*": _event_test}, "late?": bool, "cancel?": bool, "reject?": str, "skip?": bool,
                "must_be_empty?": str, "reset?": str, "limits?": [{"window": str, "used?": _path_or_number, "part?": str, "resets?": str}],
                "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
-_STRATEGY = {"driver?": _driver_name, "name?": str, "like?": str, "argv?": _launch_args, "stdin?": _template, "files?": {"*": _template}, "env?": {"*": _template},
+_STRATEGY = {"driver?": _driver_name, "name?": str, "like?": str, "lean?": bool,
+             "schemas?": {"models?": _regex, "without?": [str]}, "argv?": _launch_args, "stdin?": _template, "files?": {"*": _template}, "env?": {"*": _template},
              "images?": bool, "documents?": [str], "tools?": _TOOLS, "strict_schemas?": bool, "own?": {"*": _template}, "profiles?": [{"*": _template}],
              "split?": _regex, "guard?": _regex, "slots?": int, **_TALK, "events?": [_EVENT_RULE], "more_events?": [_EVENT_RULE],
              "begin?": _regex, "end?": _regex, "drop?": [_regex], "failed?": _regex, "stream?": bool, "terminal?": [str]}
@@ -2661,7 +2704,8 @@ TOOL_FORMATS: Dict[str, Callable[[Sequence[Tool], str], List[Dict[str, Any]]]] =
     # another way; gemini passes them on, but does not check against those of a version that it does not know.
     "mcp": tools_for_mcp, "bare": lambda tools, prefix: [{**row, "inputSchema": {"type": "object"}} for row in tools_for_mcp(tools, prefix)],
     "lax": lambda tools, prefix: tools_for_mcp(tools, prefix, {"$schema": "http://json-schema.org/draft-04/schema#"}), "openai": tools_for_openai,
-    "codex": lambda tools, prefix: [{"type": "function", **row} for row in tools_for_mcp(tools, prefix)]}
+    "codex": lambda tools, prefix: [{"type": "function", **row} for row in tools_for_mcp(tools, prefix)],
+    "anthropic": lambda tools, prefix: [{"name": t.name, "description": t.description, "input_schema": t.schema} for t in tools]}
 
 
 def choice_for_anthropic(choice: Any, alone: bool) -> Any:
@@ -2873,6 +2917,18 @@ def anthropic_messages(messages: Sequence[Message], kept: Kept = nothing_kept) -
     return out
 
 
+def cached_messages(messages: Sequence[Message], kept: Kept = nothing_kept) -> List[Dict[str, Any]]:
+    """The same, with the mark that has the service cache all of them, as claude sets it itself: without it each turn would be
+    paid for in full."""
+    out = anthropic_messages(messages, kept)
+    if out and out[-1]["content"][-1]["type"] in CACHED_BLOCKS:
+        out[-1]["content"][-1]["cache_control"] = {"type": "ephemeral"}
+    return out
+
+
+CACHED_BLOCKS = ("text", "image", "document", "tool_use", "tool_result")        # not thinking
+
+
 def gemini_contents(messages: Sequence[Message], kept: Kept = nothing_kept) -> List[Dict[str, Any]]:
     """Gemini API contents (ai.google.dev/api/generate-content). System messages travel elsewhere there, so they are left out. A file loses its name."""
     out = []
@@ -2957,7 +3013,7 @@ def transcript(messages: Sequence[Message], guard: Optional[str] = None) -> str:
 
 
 WIRE_FORMATS: Dict[str, Callable[[Sequence[Message], Kept], List[Dict[str, Any]]]] = {
-    "anthropic": anthropic_messages, "gemini": gemini_contents, "openai": openai_messages, "responses": responses_items}
+    "anthropic": anthropic_messages, "anthropic_cached": cached_messages, "gemini": gemini_contents, "openai": openai_messages, "responses": responses_items}
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING"})()      # a hole that nothing fills: what holds it is left out
 
 
@@ -3017,12 +3073,23 @@ class Variables:
             "schema": form.get("json_schema", {}).get("schema", MISSING) if form.get("type") == "json_schema" else MISSING,
             "json_mime": "application/json" if form.get("type") in ("json_object", "json_schema") else MISSING,
             "history": True if self._history else MISSING,
+            "first": self._first_text(messages, guard),
             "plain": True if plain and not (guard and re.match(guard, said[0].text)) else MISSING,
             "ends_in_result": True if answered else MISSING, "tools": True if turn.request.tools else MISSING, "parallel": False if alone else MISSING,
             "forced": "yes" if choice == "required" or isinstance(choice, dict) else MISSING,
             "unkept": "yes" if answered and asked is not None and not reasoning_of(asked, self._kept) else MISSING}
         self._derived, self._guard, self._profile = turn.provider.row.get("derive", {}), guard, turn.provider.row.get("profile", {})
         self._model = turn.model or ""
+
+    @staticmethod
+    def _first_text(messages: Sequence[Message], guard: str | None) -> Any:
+        """The first text that a user says, "" if none of them says any; MISSING if there is nothing that could be answered."""
+        said = [m for m in messages if m.role != "system"]
+        if not anthropic_messages(said):
+            return MISSING
+        first = next((m for m in said if m.role == "user"), said[0])
+        text = next((p.text for p in first.parts if isinstance(p, TextPart)), "") if first.role == "user" else ""
+        return f"<user>\n{text}\n</user>" if guard and re.match(guard, text) else text
 
     def wrote(self, name: str, path: str) -> None:
         self._files[name] = path
@@ -3927,6 +3994,7 @@ class Resident:
         self._limits = [rule for rule in strategy.events if "limits" in rule.row]      # such lines come after the end of a turn, too
         self._scope: Optional[Scope] = None
         self.noise = ""                     # what it printed that is no JSON line
+        self.told: dict[str, Any] = {}      # what it was told by `changed` steps and still goes by
         self.failures: deque = deque()      # what a log file told of failing turns, not yet given to one
 
     @property
@@ -4119,8 +4187,9 @@ class Talk(RuleReader):
             return MISSING
         if name == "flip":                          # one of two values in turn, for a CLI that acts on a change only
             return arg.split("/")[self._talk.turns % 2]
-        if name == "system_name":                   # a new name for this turn's system prompt, if it has one
-            return MISSING if self._variables.lookup("system", "") is MISSING else f"d{self._number}"
+        if name == "system_name":                   # of this turn's system prompt, if it has one; no other has it
+            system = self._variables.lookup("system", "")
+            return MISSING if system is MISSING else "d" + hashlib.sha256(system.encode("utf-8", "replace")).hexdigest()[:16]
         if name == "new_uuid":
             return str(uuid.uuid4())
         if name == "fresh":                         # opened for this turn, with all its history
@@ -4143,10 +4212,12 @@ class Talk(RuleReader):
     def _step(self, step: Mapping[str, Any], lookup: Lookup) -> None:
         """Lines are gathered and written when something has to be waited for, so that a turn is one write where it can be.
 
-        lock, session, serve, files and replace, call | notify | line, until | await | updates, remove, unlock; and for: the steps for each
+        changed, lock, session, serve, files and replace, call | notify | line, until | await | updates, remove, unlock; and for: the steps for each
         message. `files` go when the turn has ended, what is in `replace` stays."""
         if _absent(step, lookup):
             return
+        if "changed" in step:
+            self._steps_if_changed(step, lookup)
         if step.get("lock") and not self._locked:
             self._resident.lock.acquire(self._scope, self._provider.name)
             self._locked = True
@@ -4183,6 +4254,16 @@ class Talk(RuleReader):
         for values in each_message(step["for"], lookup) if "for" in step else ():
             for inner in step[values["item"]["role"]]:
                 self._step(inner, _with(values, lookup))
+
+    def _steps_if_changed(self, step: Mapping[str, Any], lookup: Lookup) -> None:
+        """Do the inner steps unless the process was told the same by the last turn: each takes it some milliseconds."""
+        told, name, value = self._resident.told, repr(step["changed"]), fill(step["changed"], lookup)
+        if name in told and told[name] == value:
+            return
+        told.pop(name, None)
+        for inner in step["steps"]:
+            self._step(inner, lookup)
+        told[name] = value
 
     def _call(self, step: Mapping[str, Any], lookup: Lookup) -> None:
         number = self._resident.number()
@@ -4479,6 +4560,7 @@ class Talk(RuleReader):
         talk.mute = False
         if not finished:
             talk.key = ""
+            self._resident.told.clear()         # it may not have got or not have taken all of it
         try:
             if self._asked:
                 self._cancel()
@@ -6399,9 +6481,10 @@ ANSWER_TOOL = Tool("give_answer", "Gives your answer to the user. Call it once, 
 NOT_STRICT = {"allOf", "oneOf", "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "patternProperties", "uniqueItems", "default"}
 
 
-def is_strict(schema: Any, root: bool = True) -> bool:
-    """Would OpenAI take this schema in strict mode (platform.openai.com/docs/guides/structured-outputs#supported-schemas)?"""
-    if not isinstance(schema, dict) or schema.keys() & NOT_STRICT or root and (schema.get("type") != "object" or "anyOf" in schema or _deeper_than(schema, MAX_DEPTH)):
+def is_strict(schema: Any, without: frozenset = frozenset(), root: bool = True) -> bool:
+    """Would OpenAI take this schema in strict mode (platform.openai.com/docs/guides/structured-outputs#supported-schemas), and
+    are the keywords `without` nowhere in it?"""
+    if not isinstance(schema, dict) or schema.keys() & (NOT_STRICT | without) or root and (schema.get("type") != "object" or "anyOf" in schema or _deeper_than(schema, MAX_DEPTH)):
         return False
     properties, any_of = schema.get("properties", {}), schema.get("anyOf", [])
     groups = [properties, schema.get("$defs", {}), schema.get("definitions", {})]
@@ -6412,7 +6495,7 @@ def is_strict(schema: Any, root: bool = True) -> bool:
         if schema.get("additionalProperties") is not False or not isinstance(required, list) or sorted(map(str, required)) != sorted(properties):
             return False
     inner = [*(one for group in groups for one in group.values()), *any_of, *([schema["items"]] if "items" in schema else ())]
-    return all(is_strict(one, False) for one in inner)
+    return all(is_strict(one, without, False) for one in inner)
 
 
 def schema_of(form: Mapping[str, Any]) -> Any:
@@ -6420,8 +6503,15 @@ def schema_of(form: Mapping[str, Any]) -> Any:
     return form["json_schema"]["schema"] if form["type"] == "json_schema" else {"type": "object"}
 
 
-def in_words(request: Request, how: Mapping[str, str], strategy: Strategy) -> Request:
-    """The request with what is to be emulated said in the system prompt, or, for JSON where the CLI has tools, as a tool that takes it."""
+def may_force(strategy: Strategy, model: str) -> bool:
+    """Can this model be forced to call a tool? Anthropic's cannot while they think, and some always do."""
+    return re.search((strategy.tools or {}).get("forced", ""), model) is not None
+
+
+def in_words(request: Request, how: Mapping[str, str], strategy: Strategy, forced: bool = True) -> Request:
+    """The request with what is to be emulated said in the system prompt, or, for JSON where the CLI has tools, as a tool that takes it.
+
+    `forced`: its model can be forced to call that tool."""
     tools, messages, params, words = request.tools, request.messages, dict(request.params), []
     choice, form, rules = params.get("tool_choice"), params.get("response_format"), strategy.tools or {}
     if how.get("tools") == "emulated":
@@ -6430,7 +6520,7 @@ def in_words(request: Request, how: Mapping[str, str], strategy: Strategy) -> Re
     elif how.get("tool_choice") == "emulated":
         tools, words = chosen(tools, choice), [] if choice == "none" else [choice_prompt(choice, rules)]
     if form is not None and how.get("response_format") == "emulated":
-        if rules.get("answers") and choice in (None, "required") and schema_of(form).get("type") == "object":
+        if forced and rules.get("answers") and choice in (None, "required") and schema_of(form).get("type") == "object":
             answer = replace(ANSWER_TOOL, name=next(name for name in (ANSWER_TOOL.name + "_" * n for n in itertools.count()) if name not in [t.name for t in tools]),
                              schema=schema_of(form))
             params["tool_choice"] = "required" if tools else {"name": answer.name}
@@ -6980,7 +7070,8 @@ MAX_SEAMS = 2               # how often an answer that broke off is continued
 # It is to repeat a few words, because only they tell whether the last word was whole, and which white space comes next.
 CONTINUE = "Continue exactly where you stopped: begin with your last few words once more, then go on. Add no preface."
 RESIDENT_BROKEN = 600.0     # seconds until a resident strategy that broke is tried again
-WIRE_NAMES = {"stop_sequences": "stop", "reasoning_effort": "effort", "max_output_tokens": "max_tokens", "max_completion_tokens": "max_tokens"}
+WIRE_NAMES = {"stop_sequences": "stop", "reasoning_effort": "effort", "max_output_tokens": "max_tokens", "max_completion_tokens": "max_tokens",
+              "output_config": "response_format"}
 INERT = {"n", "stream"}     # given, obeyed by the dialect or without any effect here
 EMULATED = {"stop", "max_tokens", "tool_choice", "parallel_tool_calls", "response_format"}      # what no CLI has to have a way in for
 
@@ -7000,6 +7091,7 @@ class Router:
         self._broken: Dict[Tuple[str, str], Tuple[str, float]] = {}     # (provider, driver) -> the binary it broke with, until when
         self.logged_in: Dict[str, Optional[bool]] = {}      # what the last look at each provider found
         self._too_old: Dict[str, Tuple[str, str]] = {}      # provider -> (its binary, the version of it) that cannot be driven
+        self._taken_so: set[tuple[str, str]] = set()        # (provider, strategy) that its service has answered
         self._refused: Set[Tuple[str, str, str]] = set()    # (provider, model, parameter) that its service would not take
         self._prepared: Dict[Tuple[str, str], Any] = {}     # (provider, binary) -> {"prepared:NAME": path}
 
@@ -7293,6 +7385,7 @@ class Router:
         turn, binary = attempt.turn, attempt.turn.provider.binary(os.environ) or ""
         name, identity = turn.provider.name, self._identity(binary)
         ways, failure = deque(self._fitting(turn, identity)), None      # type: Tuple[deque, Optional[FormatChanged]]
+        doubt: tuple[Strategy, ProxyError] | None = None
         while ways:
             strategy, committed = ways.popleft(), False
             attempt.strategy, attempt.params = strategy, self._params(turn, strategy)
@@ -7300,6 +7393,9 @@ class Router:
                 for event in self._asked(attempt, strategy, binary):
                     committed = committed or not isinstance(event, Waiting)
                     yield event
+                self._taken_so.add((name, strategy.name))
+                if doubt:
+                    self._step_down(name, doubt[0], identity, doubt[1].message)
                 return
             except ParameterRefused as e:
                 parameter = WIRE_NAMES.get(e.parameter, e.parameter)
@@ -7308,6 +7404,12 @@ class Router:
                 self._refused.add((name, turn.model, parameter))
                 self._log(level="warning", event="parameter-refused", provider=name, model=turn.model, parameter=parameter, why=e.message)
                 ways.appendleft(strategy)
+            except (ProviderBadRequest, PermissionDenied) as e:
+                # Its service may refuse the request, or the way in which we have the CLI send it: then it takes the next way.
+                lean = strategy.row.get("lean") and (name, strategy.name) not in self._taken_so
+                if committed or doubt or not lean or not ways or ways[0].row.get("lean"):
+                    raise doubt[1] if doubt and isinstance(e, ProviderBadRequest) else e
+                doubt = strategy, e
             except (AuthenticationFailed, Unreachable) as e:
                 if self.logged_in.get(name) is False:       # codex asks its service all the same, and says only what that said
                     raise provider_error(turn.provider, "not_logged_in", e.message) from None
@@ -7317,14 +7419,18 @@ class Router:
                 self._log(level="warning", event="step-down-once", provider=name, strategy=strategy.name, why=str(e))
             except FormatChanged as e:
                 failure = e
-                if self._works(name, strategy, identity):
-                    self._broken[name, strategy.name] = identity, time.monotonic() + (RESIDENT_BROKEN if strategy.stays else FOREVER)
-                    self._log(level="warning", event="step-down", provider=name, strategy=strategy.name, why=str(e),
-                              hint="this version of the CLI prints what the rules do not know; run: cliproxy.py doctor --live")
+                self._step_down(name, strategy, identity, str(e))
                 if committed:
                     break
         raise Crashed(f"{name} could not be started, or answered in a form that no strategy understands", str(failure or ""),
                       "see `cliproxy.py doctor --live`: this version of the CLI may be newer than what cliproxy was tested with")
+
+    def _step_down(self, name: str, strategy: Strategy, identity: str, why: str) -> None:
+        """Do without a strategy that broke with this very binary, for a while, and say so once."""
+        if self._works(name, strategy, identity):
+            self._broken[name, strategy.name] = identity, time.monotonic() + (RESIDENT_BROKEN if strategy.stays else FOREVER)
+            self._log(level="warning", event="step-down", provider=name, strategy=strategy.name, why=why,
+                      hint="this version of the CLI prints what the rules do not know; run: cliproxy.py doctor --live")
 
     def _fitting(self, turn: Turn, identity: str) -> List[Strategy]:
         """The strategies that can carry this request, best first, without those that broke with this very binary."""
@@ -7364,10 +7470,16 @@ class Router:
         value = turn.request.params[name]
         if turn.request.tools and name in (strategy.tools or {}).get("not_with", ()):
             return False
+        if name == "tool_choice" and value not in (None, "auto", "none") and not may_force(strategy, turn.model):
+            return False
         if name not in strategy.native or name in strategy.uses or name in ("tool_choice", "parallel_tool_calls"):
             return name in strategy.native
         if name == "response_format":
-            if value["type"] == "json_schema" and strategy.row.get("strict_schemas") and not is_strict(value["json_schema"]["schema"]):
+            rules = strategy.row.get("schemas", {})
+            if not re.search(rules.get("models", ""), turn.model):
+                return False
+            if value["type"] == "json_schema" and strategy.row.get("strict_schemas") and not is_strict(
+                    value["json_schema"]["schema"], frozenset(rules.get("without", ()))):
                 return False
             return ("schema" if value["type"] == "json_schema" else "json_mime") in strategy.uses
         rows = (row for var, row in turn.provider.row["derive"].items() if var in strategy.uses and row["from"] == name)
@@ -7377,7 +7489,8 @@ class Router:
         """One strategy's answer in the form that the client wants. What the CLI has no way in for is asked for in words, and what comes
         is checked; if it is not as it has to be, the model is told so and asked once more."""
         request, how = attempt.turn.request, attempt.params
-        asked, form, choice = in_words(request, how, strategy), request.params.get("response_format"), request.params.get("tool_choice")
+        asked = in_words(request, how, strategy, may_force(strategy, attempt.turn.model))
+        form, choice = request.params.get("response_format"), request.params.get("tool_choice")
         alone = request.params.get("parallel_tool_calls") is False
         must = how.get("tool_choice") == "emulated" and choice != "none"
         hold = form is not None and not (request.stream and how["response_format"] == "native")
