@@ -821,7 +821,7 @@ BUILTIN_PROVIDERS = r'''{
         },
         {
           "driver": "text",
-          "images": true, "documents": ["application/pdf"],
+          "documents": ["application/pdf"],
           "argv": ["-p", "--input-format", "text", "--output-format", "text", "@args"],
           "env": {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": null},
           "stdin": "{first}",
