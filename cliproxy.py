@@ -74,6 +74,7 @@ import queue
 import re
 import resource
 import secrets
+import select
 import selectors
 import shlex
 import shutil
@@ -400,6 +401,35 @@ class Stopping(ProxyError):
     status, type, code, should_retry = 503, "server_error", "shutting_down", True
 
 
+class Exhausted(ProxyError):
+    """This machine has run out of something for the moment: descriptors, processes, memory, disk.
+
+    No provider is to blame, so none is paused for it; another one may need less."""
+    status, type, code, should_retry = 503, "server_error", "out_of_resources", True
+    next_provider = True
+
+
+# What is used up, by the error that the system gives, and what a person can do about it.
+WANTS = {
+    errno.EMFILE: ("this proxy has as many files open as it may", "raise the limit (`ulimit -n`)"),
+    errno.ENFILE: ("this machine has as many files open as it can", "close other programs"),
+    errno.EAGAIN: ("no more processes or threads can be started", "raise the limit (`ulimit -u`, TasksMax)"),
+    errno.ENOMEM: ("memory is used up", "close other programs"),
+    errno.ENOBUFS: ("memory for connections is used up", "close other programs"),
+    errno.ENOSPC: ("the disk is full", "make room"),
+    errno.EDQUOT: ("the disk quota is used up", "make room"),
+}
+
+
+def exhausted(error: BaseException, what: str = "the request could not be served") -> Optional[Exhausted]:
+    """The error for a client if `error` is a moment of want; None if it is something else."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    if number not in WANTS:
+        return None
+    why, do = WANTS[number]
+    return Exhausted(what, why, f"try again in a moment; if it stays so, {do}", retry_after=2)
+
+
 class ProviderError(ProxyError):
     """A provider failed. The subclasses are the error classes that providers.json may name."""
     status, type, code = 502, "server_error", "provider_error"
@@ -556,6 +586,74 @@ WHAT_HAPPENED = {
     "server_error": "{name}'s service failed", "unreachable": "{name} could not reach its service, or lost it", "crashed": "{name} crashed",
     "timeout": "{name} timed out", "invalid_answer": "the answer of {name} cannot be used", "parameter": "{name}'s service refused a parameter",
 }
+
+
+# === The log =========================================================================================================
+# stderr, as the whole program writes to it: log(), print(), tracebacks. Nothing that serves may wait for whoever reads
+# it, or fail because nobody does. So a line that cannot be written now is kept, some of them at most, and goes out
+# before the next one; those that are lost are counted, and the count is written once there is a reader again.
+
+LOG_KEPT = 256 << 10        # characters that wait for a reader
+
+
+class LogStream(io.TextIOBase):
+    """Text that goes to a descriptor without blocking and without an error. For any thread."""
+
+    def __init__(self, fd: int):
+        # Reentrant: collecting garbage may print a warning in the middle of a write.
+        self._fd, self._lock = fd, threading.RLock()
+        self._waiting: deque = deque()      # texts, the oldest first
+        self._size = self._lost = 0
+        self._rest = b""                    # of the text that is being written
+        with contextlib.suppress(OSError):  # our own way to the same terminal: its mode is not the shell's
+            flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK
+            self._fd = os.open(os.ttyname(fd), flags)
+
+    encoding, errors = "utf-8", "backslashreplace"
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            if self._size + len(text) <= LOG_KEPT:
+                self._waiting.append(text)
+                self._size += len(text)
+            else:
+                self._lost += text.count("\n")
+            self._write_waiting()
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lock:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """As much as the reader takes now. One that has gone is a reader that takes nothing: a FIFO gets another."""
+        try:
+            while self._rest or self._waiting or self._lost:
+                self._rest = self._rest or self._next()
+                # Where select() finds room, PIPE_BUF bytes can be written without waiting (pipe(7); select.PIPE_BUF).
+                if not select.select([], [self._fd], [], 0)[1]:
+                    return
+                self._rest = self._rest[os.write(self._fd, self._rest[:select.PIPE_BUF]):]
+        except (OSError, ValueError):       # ValueError: closed, as the interpreter ends
+            pass
+
+    def _next(self) -> bytes:
+        if self._waiting:
+            text = self._waiting.popleft()
+            self._size -= len(text)
+        else:
+            text = f"event=log-lines-lost lines={self._lost}\n"
+            self._lost = 0
+        return text.encode(self.encoding, self.errors)
 
 
 # === Built-in providers ==============================================================================================
@@ -1788,6 +1886,16 @@ class Settings:
 # An epoll/kqueue object per turn, because poll() does not work on macOS terminals and select() not beyond 1,024 descriptors.
 
 
+def start_thread(name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
+    """A running daemon thread. OSError (EAGAIN), as of fork, if the system gives none."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as e:
+        raise OSError(errno.EAGAIN, str(e)) from None
+    return thread
+
+
 class Scope:
     """The limits of one turn. `limits` are seconds: queue, start, first (event), idle (between events), total.
 
@@ -1797,15 +1905,20 @@ class Scope:
 
     def __init__(self, limits: Mapping[str, float], client: Optional[socket.socket] = None, keepalive: float = 10.0):
         self._limits, self._client, self._keepalive = limits, client, keepalive
-        self._selector = selectors.DefaultSelector()
-        self._wake, self._waker = os.pipe()
-        os.set_blocking(self._waker, False)
-        self._selector.register(self._wake, selectors.EVENT_READ)
         self._lock, self._cancelled = threading.Lock(), False
         self._twins: List[Scope] = []
-        if client is not None:
-            self._selector.register(client, selectors.EVENT_READ)
         self._watched: Dict[int, int] = {}
+        self._selector = selectors.DefaultSelector()
+        self._wake = self._waker = -1
+        try:
+            self._wake, self._waker = os.pipe()
+            os.set_blocking(self._waker, False)
+            self._selector.register(self._wake, selectors.EVENT_READ)
+            if client is not None:
+                self._selector.register(client, selectors.EVENT_READ)
+        except OSError:                     # out of descriptors: what was made already is given back
+            self.__exit__()
+            raise
         self._silent = False
         self.begin(limits)
 
@@ -1814,10 +1927,11 @@ class Scope:
 
     def __exit__(self, *exc: Any) -> None:
         self._selector.close()
+        self._watched = {}
         with self._lock:                    # a late wake() must not write to a number that is another descriptor by now
-            os.close(self._wake)
-            os.close(self._waker)
-            self._waker = -1
+            for fd in {self._wake, self._waker} - {-1}:
+                os.close(fd)
+            self._wake = self._waker = -1
 
     def begin(self, limits: Mapping[str, float], who: str = "", since: Optional[float] = None) -> None:
         """A new attempt, with limits of its own, but for the total, which counts from `since`; `who` is to be named when it takes too long."""
@@ -2089,6 +2203,8 @@ class TerminalText:
 # spawner kills every group and removes the private directories. It sits in a session of its own, so that neither Ctrl-C nor a
 # kill of the proxy's group reaches it first.
 
+WANT_PAUSE = 0.05           # seconds to the next try of what failed because something had run out
+SPAWN_SECONDS = 60.0        # a start that takes longer is given up: a program on a network disk that does not answer
 TERM_TO_KILL = 0.5          # seconds between SIGTERM and SIGKILL: the CLIs end within 70 ms of SIGTERM
 STDERR_KEPT = 16384         # bytes of a child's stderr that are kept for error messages
 PTY_ROWS, PTY_COLUMNS = 200, 32000      # so wide that nothing is ever wrapped
@@ -2099,32 +2215,39 @@ def _start(job: Mapping[str, Any]) -> Tuple[int, List[int]]:
 
     job["tty"] lists which of 0, 1, 2 are the terminal; the others are pipes. OSError if the program cannot be started."""
     ours, theirs, on_tty = [-1, -1, -1], [-1, -1, -1], job["tty"]
-    for fd in (0, 1, 2):
-        if fd not in on_tty:
-            r, w = os.pipe()
-            ours[fd], theirs[fd] = (w, r) if fd == 0 else (r, w)
-    report, reporter = os.pipe()
-    if on_tty:
-        pid, master = pty.fork()
-    else:
-        pid, master = os.fork(), -1
+    report = reporter = -1
+    try:
+        for fd in (0, 1, 2):
+            if fd not in on_tty:
+                r, w = os.pipe()
+                ours[fd], theirs[fd] = (w, r) if fd == 0 else (r, w)
+        report, reporter = os.pipe()
+        if on_tty:
+            pid, master = pty.fork()
+        else:
+            pid, master = os.fork(), -1
+    except OSError:                         # none of them may be lost: this process lives as long as the proxy
+        _close_all([*ours, *theirs, report, reporter])
+        raise
     if pid == 0:
         _become(job, theirs, reporter)
-    os.close(reporter)
-    for fd in theirs:
-        if fd >= 0:
-            os.close(fd)
+    _close_all([*theirs, reporter])
     with open(report, "rb") as f:           # EOF as soon as exec has closed the other end
         failure = f.read()
     if on_tty:
         os.set_inheritable(master, False)
         ours = [master if fd in on_tty else ours[fd] for fd in (0, 1, 2)]
     if failure:
-        for fd in set(ours):
-            os.close(fd)
+        _close_all(ours)
         os.waitpid(pid, 0)
         raise OSError(int(failure), os.strerror(int(failure)))
     return pid, ours
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    """Close each of them once; -1 stands for none."""
+    for fd in set(fds) - {-1}:
+        os.close(fd)
 
 
 def _become(job: Mapping[str, Any], theirs: Sequence[int], reporter: int) -> None:
@@ -2299,8 +2422,10 @@ class Spawner:
         self.root = tempfile.mkdtemp(prefix="cliproxy-")        # mode 0700; every place is made in here
         self._socket, theirs = socket.socketpair()
         self._lock, self._numbers = threading.Lock(), iter(range(1, 1 << 62))
-        self._starting: Dict[int, Tuple[threading.Event, List[Any]]] = {}
+        self._starting: Dict[int, queue.SimpleQueue] = {}       # number -> where its (pid, descriptors) or OSError goes
         self._children: Dict[int, Child] = {}
+        self._unwanted: Set[int] = set()                        # pids that nobody has waited for
+        self._left_behind: Set[str] = set()                     # places that could not be removed yet
         self.gone = threading.Event()
         self.pid = os.fork()
         if self.pid == 0:
@@ -2324,20 +2449,29 @@ class Spawner:
 
     def spawn(self, argv: Sequence[str], env: Mapping[str, str], cwd: str, on_tty: Sequence[int] = (), place: str = "") -> Child:
         """A running child. argv[0] is a path. OSError if it cannot be started. `place` is removed when it has ended."""
-        event: Tuple[threading.Event, List[Any]] = (threading.Event(), [])
+        answer: queue.SimpleQueue = queue.SimpleQueue()
         job = {"argv": list(argv), "env": dict(env), "cwd": cwd, "tty": list(on_tty)}
         with self._lock:
             if self._thread is None:        # the first thread of the process starts here, long after the fork
-                self._thread = threading.Thread(target=self._listen, name="spawner", daemon=True)
-                self._thread.start()
+                self._thread = start_thread("spawner", self._listen)
             number = next(self._numbers)
-            self._starting[number] = event
-            self._tell({"spawn": number, **job})
-        event[0].wait()
-        answer = event[1][0]
-        if isinstance(answer, OSError):
-            raise answer
-        pid, fds = answer
+            self._starting[number] = answer
+            try:
+                self._tell({"spawn": number, **job})
+            except OSError:
+                del self._starting[number]
+                raise
+        try:
+            came = answer.get(timeout=SPAWN_SECONDS)
+        except queue.Empty:
+            with self._lock:
+                late = self._starting.pop(number, None)
+            if late is not None:            # should it start after all, it is ended
+                raise OSError(errno.ETIMEDOUT, f"it has not started in {SPAWN_SECONDS:g} s") from None
+            came = answer.get()             # it comes just now
+        if isinstance(came, OSError):
+            raise came
+        pid, fds = came
         child = Child(self, pid, fds, place)
         with self._lock:
             early = self._children.get(pid)     # it may have ended before we got here
@@ -2374,11 +2508,14 @@ class Spawner:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _listen(self) -> None:
-        buffer, passed = b"", deque()       # type: ignore[var-annotated]
+        buffer, passed = b"", []            # type: Tuple[bytes, List[int]]
         while True:
             try:
                 data, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 16)
-            except OSError:
+            except OSError as e:
+                if exhausted(e):            # macOS says so here, and of the descriptors in the message none comes
+                    time.sleep(WANT_PAUSE)
+                    continue
                 data, fds = b"", []
             if not data:
                 break
@@ -2390,27 +2527,45 @@ class Spawner:
                 self._heard(json.loads(line), passed)
         self._socket.close()
         self.gone.set()
-        for event, answer in list(self._starting.values()):
-            answer.append(OSError(0, "the process that starts CLIs has gone"))
-            event.set()
+        with self._lock:
+            waiting = list(self._starting.values())
+            self._starting.clear()
+        for answer in waiting:
+            answer.put(OSError(0, "the process that starts CLIs has gone"))
         for pid, child in list(self._children.items()):
             _kill_group(pid, signal.SIGKILL)        # it was killed itself, so it could not do this
-            child.ended(-signal.SIGKILL)
+            if isinstance(child, Child):
+                child.ended(-signal.SIGKILL)
 
-    def _heard(self, message: Mapping[str, Any], passed: deque) -> None:
+    def _heard(self, message: Mapping[str, Any], passed: List[int]) -> None:
+        """`passed` are the descriptors that came since the last start: one message brings at most one child's."""
         if "exited" in message:
-            self._ended(message["exited"], message["status"])
-        elif "failed" in message:
-            event, answer = self._starting.pop(message["failed"])
-            answer.append(OSError(message["errno"], os.strerror(message["errno"])))
-            event.set()
-        else:
-            event, answer = self._starting.pop(message["started"])
-            distinct = [passed.popleft() for _ in range(max(message["fds"]) + 1)]
-            answer.append((message["pid"], [distinct[i] for i in message["fds"]]))
-            event.set()
+            return self._ended(message["exited"], message["status"])
+        failed = "failed" in message
+        with self._lock:
+            answer = self._starting.pop(message["failed" if failed else "started"], None)
+        if failed:
+            error = OSError(message["errno"], os.strerror(message["errno"]))
+            return answer.put(error) if answer else None
+        fds, passed[:] = passed[:], []
+        if answer is not None and len(fds) == max(message["fds"]) + 1:
+            return answer.put((message["pid"], [fds[i] for i in message["fds"]]))
+        # Nobody waits for it any more, or the system has dropped descriptors on the way, because we have too many.
+        _close_all(fds)
+        self._unwanted.add(message["pid"])
+        self.end(message["pid"], sig=signal.SIGKILL)
+        if answer is not None:
+            answer.put(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+
+    def remove(self, place: str) -> None:
+        """Remove a place; later, with the next one, if that cannot be now: it takes descriptors."""
+        for path in [place, *self._left_behind]:
+            shutil.rmtree(path, ignore_errors=True)
+            (self._left_behind.add if os.path.lexists(path) else self._left_behind.discard)(path)
 
     def _ended(self, pid: int, status: int) -> None:
+        if pid in self._unwanted:
+            return self._unwanted.discard(pid)
         with self._lock:
             child = self._children.pop(pid, None)
             if child is None:
@@ -2421,13 +2576,16 @@ class Spawner:
 
 def run_to_end(spawner: Spawner, argv: Sequence[str], env: Mapping[str, str], cwd: str, seconds: float, place: str = "") -> Tuple[Optional[int], str, str]:
     """(exit status, stdout, stderr) of a command without input; status None after a time-out. OSError if it cannot be started."""
-    child, out, status = spawner.spawn(argv, env, cwd, place=place), b"", None      # type: Tuple[Child, bytes, Optional[int]]
-    with Scope({"start": seconds, "total": seconds}) as scope, child:
+    out, status = b"", None                 # type: Tuple[bytes, Optional[int]]
+    with Scope({"start": seconds, "total": seconds}) as scope, \
+            spawner.spawn(argv, env, cwd, place=place) as child:
         child.write(b"")
         try:
             for data in child.output(scope):
                 out += data
-            status = child.wait(2.0)
+            for _ in child.exiting(scope, seconds):
+                pass
+            status = child.status
         except TimedOut:
             pass
         return status, out.decode("utf-8", "replace"), child.errors()
@@ -2477,13 +2635,25 @@ class Child:
         """Called by the spawner's thread when the process has been reaped."""
         self.status = status
         if self.place:
-            shutil.rmtree(self.place, ignore_errors=True)
+            self._spawner.remove(self.place)
         self._exited.set()
+        if self._scope:
+            self._scope.wake()
 
     def wait(self, seconds: float) -> Optional[int]:
         """The exit status (negative: the signal), or None if it has not ended after so many seconds."""
         self._exited.wait(seconds)
         return self.status
+
+    def exiting(self, scope: Scope, seconds: float) -> Iterator[None]:
+        """Wait until it has ended, for so many seconds at most; an item for each keep-alive interval.
+
+        A CLI may close its output long before it ends: it has a login to write, or the machine is busy."""
+        self._scope, until = scope, time.monotonic() + seconds
+        while not self._exited.is_set() and time.monotonic() < until:
+            scope.wait((), at_most=until - time.monotonic())
+            if scope.silent():
+                yield
 
     def write(self, data: bytes, last: bool = True) -> None:
         """Queue data for stdin and, if it is the last, EOF behind it. For any thread.
@@ -2763,6 +2933,42 @@ def mcp_answer(message: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -
     return {"jsonrpc": "2.0", "id": number, **answer}
 
 
+class SteadyServer(socketserver.ThreadingMixIn, HTTPServer):
+    """Serves with a thread for each connection. Where no descriptor is left for a connection it is told so:
+    left alone it would make the loop ask for it again and again, and wait for ever."""
+
+    daemon_threads, request_queue_size = True, 256
+    _spare = -1                             # a descriptor to give up for a connection that is turned away
+
+    def turn_away(self, request: Any, error: ProxyError) -> None:
+        """End a connection that cannot be served."""
+        self.shutdown_request(request)
+
+    def service_actions(self) -> None:
+        if self._spare < 0:
+            with contextlib.suppress(OSError):
+                self._spare = os.open(os.devnull, os.O_RDONLY)
+
+    def server_close(self) -> None:
+        super().server_close()
+        _close_all([self._spare])
+        self._spare = -1
+
+    def get_request(self) -> Tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError as e:
+            error = exhausted(e)
+            if error is not None:
+                _close_all([self._spare])
+                self._spare = -1
+                with contextlib.suppress(OSError):
+                    self.turn_away(self.socket.accept()[0], error)
+                self.service_actions()
+                time.sleep(WANT_PAUSE)
+            raise
+
+
 MAX_CALL = 64 << 20         # bytes of a call that a CLI makes
 
 
@@ -2779,8 +2985,13 @@ class ToolServer:
         path, token = "/mcp/" + secrets.token_urlsafe(24), secrets.token_urlsafe(24)
         with self._lock:
             if self._server is None:
-                self._server = _ToolListener(("127.0.0.1", 0), self)
-                threading.Thread(target=self._server.serve_forever, name="tools", daemon=True, kwargs={"poll_interval": 3600}).start()
+                server = _ToolListener(("127.0.0.1", 0), self)
+                try:
+                    start_thread("tools", server.serve_forever, 3600)
+                except OSError:
+                    server.server_close()
+                    raise
+                self._server = server
             self._served[path] = token, tools, deque()
             return path, f"http://127.0.0.1:{self._server.server_address[1]}{path}", token
 
@@ -2844,9 +3055,7 @@ class _ToolHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-class _ToolListener(socketserver.ThreadingMixIn, HTTPServer):
-    daemon_threads, request_queue_size = True, 256
-
+class _ToolListener(SteadyServer):
     def __init__(self, address: Tuple[str, int], owner: ToolServer):
         self.owner = owner
         super().__init__(address, _ToolHandler)
@@ -3316,13 +3525,17 @@ def leads_here(url: str, own_ports: Sequence[int]) -> bool:
 def make_place(root: str, provider: Provider, lookup: Lookup) -> str:
     """A new private directory (0700) with work/ (the cwd, empty), tmp/, home/ and links to the login files the person has."""
     place = tempfile.mkdtemp(prefix=provider.name + "-", dir=root)
-    for name in ("work", "tmp", "home"):
-        os.mkdir(os.path.join(place, name), 0o700)
-    for name, target in provider.row.get("links", {}).items():
-        source, link = os.path.expanduser(fill(target, lookup)), os.path.join(place, name)
-        if os.path.exists(source):
-            os.makedirs(os.path.dirname(link), 0o700, exist_ok=True)
-            os.symlink(source, link)
+    try:
+        for name in ("work", "tmp", "home"):
+            os.mkdir(os.path.join(place, name), 0o700)
+        for name, target in provider.row.get("links", {}).items():
+            source, link = os.path.expanduser(fill(target, lookup)), os.path.join(place, name)
+            if os.path.exists(source):
+                os.makedirs(os.path.dirname(link), 0o700, exist_ok=True)
+                os.symlink(source, link)
+    except OSError:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
     return place
 
 
@@ -3333,9 +3546,14 @@ def write_file(place: str, name: str, spec: Any, lookup: Lookup) -> Optional[str
         return None
     path = os.path.join(place, fill(name, lookup))
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
-        f.write(content.encode("utf-8", "replace"))
-    os.replace(f"{path}.new", path)         # a link to a file of the person's is replaced, never followed
+    fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(fd, "wb") as f:
+            f.write(content.encode("utf-8", "replace"))
+        os.replace(f"{path}.new", path)     # a link to a file of the person's is replaced, never followed
+    except OSError:                         # the disk is full: it must be possible again when there is room
+        os.unlink(path + ".new")
+        raise
     return path
 
 
@@ -3379,6 +3597,7 @@ def _leaves(template: Any) -> Iterator[str]:
 # between CLIs stands in providers.json. (`resident` drivers, which keep their child, are further rows of DRIVERS.)
 
 MAX_LINE = 64 << 20         # bytes; a JSON line longer than this is not an answer
+EXIT_SECONDS = 30.0         # for a CLI that has closed its output and has yet to end
 WATCH_EVERY = 0.05          # seconds between looks at a file that a strategy watches
 WATCH_ON = 0.5              # the same once the answer has begun: qwen waits 2 s before it asks for one again that broke off
 FLAGS_REFUSED = re.compile(r"unknown (option|argument|flag|command)|unexpected argument|unrecognized (option|argument|subcommand)|invalid value", re.I)
@@ -3474,7 +3693,7 @@ def no_answer(provider: Provider, child: Child, said: str, unknown: int, torn: b
     """Why a child ended without an answer that the rules understand: by its words, its exit status, or a changed format.
 
     `torn`: it ended in the middle of a JSON line, so there is nothing wrong with the format."""
-    status, errors = child.wait(2.0), child.errors()
+    status, errors = child.status, child.errors()
     for text in (errors, said):             # stderr first: what was said may be the model's own words
         known = classify(provider, _failure(provider, text), http_status(provider, text), exit_status=status)
         if known:
@@ -3644,6 +3863,8 @@ class JsonLines(RuleReader):
             if isinstance(event, Done):
                 return
         torn = rest.startswith(b"{") and len(self._noise) > noise
+        for _ in child.exiting(scope, EXIT_SECONDS):
+            yield Waiting()
         raise no_answer(self._provider, child, self._held or "\n".join(self._noise[-20:]), self._unknown, torn)
 
     @staticmethod
@@ -3743,8 +3964,9 @@ class PlainText:
                 watch.stop()
                 yield text
         last = list(self._take(terminal.end().split("\n")))
-        status = child.wait(2.0)
-        if status != 0:
+        for _ in child.exiting(scope, EXIT_SECONDS):
+            yield Waiting()
+        if child.status != 0:
             raise no_answer(self._provider, child, "\n".join(self._said), 0)
         failed = self._failed.search(child.errors()) if self._failed else None
         if failed:
@@ -4035,7 +4257,7 @@ class Resident:
     def read(self, child: Child) -> None:
         """The body of its thread: every line to where it belongs, until the process ends. However it ends, its turns are told."""
         try:
-            with Scope({"start": FOREVER, "total": FOREVER}, keepalive=3600.0) as scope, child:
+            with child, Scope({"start": FOREVER, "total": FOREVER}, keepalive=3600.0) as scope:
                 self._scope = scope
                 self._read_lines(child, scope)
         finally:
@@ -4049,7 +4271,8 @@ class Resident:
         for data in child.output(scope, watch.every):
             if not data:
                 scope.silent()
-                watch.look()
+                with contextlib.suppress(OSError):      # no descriptor now: the next look reads it
+                    watch.look()
                 continue
             *lines, rest = data.split(b"\n")
             if lines:
@@ -4807,7 +5030,10 @@ class Pool:
             return
         if time.monotonic() < group.not_before:
             raise ResidentUnavailable(group.why)
-        self._start(group)
+        try:
+            self._start(group)
+        except OSError as e:
+            raise ResidentUnavailable(e.strerror) from None
 
     def _learn(self, group: Group, profile: Profile) -> None:
         """The next resident is started with this parameter set too."""
@@ -4865,8 +5091,7 @@ class Pool:
         if key not in self._groups:
             self._groups[key] = Group(provider, strategy)
         if self._keeper is None:
-            self._keeper = threading.Thread(target=self._keep, name="pool", daemon=True)
-            self._keeper.start()
+            self._keeper = start_thread("pool", self._keep)
         return self._groups[key]
 
     def _keep_warm(self, group: Group) -> None:
@@ -4874,12 +5099,18 @@ class Pool:
         free = [r for r in group.known("") if not r.exclusive or r.free()]
         warm = {**RESIDENT_DEFAULTS, **group.strategy.row.get("resident", {})}["warm"]
         if len(free) < warm and time.monotonic() >= group.not_before:
-            self._start(group)
+            with contextlib.suppress(OSError):      # the next look will do it
+                self._start(group)
 
     def _start(self, group: Group) -> None:
+        """Have another resident come up, in a thread of its own. OSError if none can be had now."""
         resident = Resident(self, group.provider, group.strategy, group.profiles)
         group.residents.append(resident)
-        threading.Thread(target=self._bring_up, args=(group, resident), name=f"start-{group.provider.name}", daemon=True).start()
+        try:
+            start_thread(f"start-{group.provider.name}", self._bring_up, group, resident)
+        except OSError:
+            group.residents.remove(resident)
+            raise
 
     def _bring_up(self, group: Group, resident: Resident) -> None:
         conversation = Conversation(resident)
@@ -4888,11 +5119,18 @@ class Pool:
             self._launch(resident)
             assert resident.child is not None
             resident.child.write(b"", last=False)
-            threading.Thread(target=resident.read, args=(resident.child,), name=f"read-{group.provider.name}", daemon=True).start()
+            try:
+                start_thread(f"read-{group.provider.name}", resident.read, resident.child)
+            except OSError:
+                with resident.child:        # nobody will read it: it ends here
+                    raise
             with Scope(group.provider.timeouts) as scope:
                 self._talk(resident, conversation, "", scope).run("start")
         except (ResidentGone, FormatChanged, ProxyError, OSError) as e:
             return self._failed(group, resident, e)
+        except BaseException as e:          # a mistake of ours: those who wait for it are told all the same
+            self._failed(group, resident, e)
+            raise
         resident.detach(conversation)
         with self._lock:
             if resident.state != "starting":
@@ -4914,7 +5152,7 @@ class Pool:
         turn = Turn(resident.provider, model, Request("", (), {}))
         return Talk(turn, resident.strategy, conversation, self._variables(turn, resident.strategy, 0), scope)
 
-    def _failed(self, group: Group, resident: Resident, error: Exception) -> None:
+    def _failed(self, group: Group, resident: Resident, error: BaseException) -> None:
         """A start came to nothing: say why, and wait before the next."""
         said = resident.noise.strip() or (resident.child.errors() if resident.child else "")
         why = str(error) or "it ended while it started"
@@ -4995,7 +5233,8 @@ class Pool:
                 resident.state = "worn"
             starting = group.count("starting")
             if ready and not starting and now >= group.not_before and all(r.worn() for r in ready):
-                self._start(group)
+                with contextlib.suppress(OSError):      # tried again at the next look
+                    self._start(group)
             elif group.wanted:
                 self._keep_warm(group)
         for resident in stop:
@@ -5557,8 +5796,7 @@ class RedisStore:
         """(An idle connection, or None for the right to open one; how often Redis was lost until now.)"""
         with self._changed:
             if self._keeper is None and not self._closed:
-                self._keeper = threading.Thread(target=self._keep, name="redis", daemon=True)
-                self._keeper.start()
+                self._keeper = start_thread("redis", self._keep)
             self._changed.wait_for(lambda: self._up is False or (self._up and self._lent < MAX_CONNECTIONS), deadline - time.monotonic())
             if not self._up or self._lent >= MAX_CONNECTIONS:
                 trouble = self._trouble if self._up is False else self._said(socket.timeout())
@@ -7028,8 +7266,7 @@ class Puller:
     def __init__(self, tag: Any, events: Iterator[Event], scope: Scope, arrived: queue.Queue):
         self._tag, self._events, self._scope, self._arrived = tag, events, scope, arrived
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._pull, name="pull", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("pull", self._pull)
 
     def _put(self, item: Any) -> None:
         while not self._over.is_set():
@@ -7292,12 +7529,15 @@ class Router:
                         self.logged_in[provider.name] = True        # whatever start-up has found
                         self.breakers.succeeded(key)
                     yield event
-        except ProxyError as e:
-            answer.errors.append(e)
+        except (OSError, MemoryError, ProxyError) as e:
+            error = e if isinstance(e, ProxyError) else exhausted(e, f"{provider.name} could not be asked")
+            if error is None:
+                raise
+            answer.errors.append(error)
             if outcome != "open":
-                outcome = e.code
-                self._note_failure(attempt, admission, e, spoke)
-            raise
+                outcome = error.code
+                self._note_failure(attempt, admission, error, spoke)
+            raise error from None
         finally:
             self.breakers.released(key, admission)
             attempt.over = True
@@ -7566,6 +7806,8 @@ class Router:
             child = self.spawner.spawn(launch.argv, launch.env, launch.cwd, launch.on_tty, place)
         except OSError as e:
             shutil.rmtree(place, ignore_errors=True)
+            if exhausted(e):
+                raise
             raise Crashed(f"{turn.provider.name} could not be started", e.strerror or str(e), Crashed.advice) from None
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
@@ -7697,7 +7939,8 @@ class Router:
             return self._prepared[key]
 
     def _prepare(self, provider: Provider, binary: str, name: str, row: Mapping[str, Any]) -> Optional[str]:
-        status, out, errors = self.probe(provider, binary, row["argv"], 30)
+        """OSError if the CLI cannot be started now: then the next request prepares it."""
+        status, out, errors = self._run(provider, binary, row["argv"], 30)
         try:
             data = json.loads(out) if status == 0 else None
         except ValueError:
@@ -7710,26 +7953,37 @@ class Router:
             item.update(row.get("set", {}))
             for gone in row.get("drop", []):
                 item.pop(gone, None)
+        folder = tempfile.mkdtemp(prefix="prepared-", dir=self.spawner.root)
         try:
-            path = os.path.join(tempfile.mkdtemp(prefix="prepared-", dir=self.spawner.root), name)
-            with open(path, "w", encoding="utf-8") as f:
+            with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
                 json.dump(data, f)
-        except OSError as e:
-            self._log(level="warning", event="prepare-failed", provider=provider.name, file=name, why=e.strerror)
-            return None
-        return path
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return os.path.join(folder, name)
 
     def probe(self, provider: Provider, binary: str, args: Sequence[str], seconds: float) -> Tuple[Optional[int], str, str]:
-        """(exit status, stdout, stderr) of the CLI run with these arguments in a place of its own; status None after a time-out."""
-        env_only = lambda name, arg: (os.environ.get(arg) or MISSING) if name == "env" else {"dir": place}.get(name, MISSING)  # noqa: E731
-        place = ""
+        """(exit status, stdout, stderr) of the CLI run with these arguments in a place of its own.
+
+        The status is None after a time-out, and 127 if it cannot be started."""
         try:
-            place = make_place(self.spawner.root, provider, env_only)
-            env = child_environment(provider, env_only, self.own_ports, os.environ)
-            return run_to_end(self.spawner, [binary, *args], env, os.path.join(place, "work"), seconds, place)
+            return self._run(provider, binary, args, seconds)
         except OSError as e:
-            shutil.rmtree(place, ignore_errors=True)
             return 127, "", e.strerror or str(e)
+
+    def _run(self, provider: Provider, binary: str, args: Sequence[str],
+             seconds: float) -> Tuple[Optional[int], str, str]:
+        """The same; OSError if it cannot be started."""
+        def lookup(name: str, arg: str) -> Any:
+            return (os.environ.get(arg) or MISSING) if name == "env" else {"dir": place}.get(name, MISSING)
+        place = ""
+        place = make_place(self.spawner.root, provider, lookup)
+        try:
+            env, cwd = child_environment(provider, lookup, self.own_ports, os.environ), os.path.join(place, "work")
+            return run_to_end(self.spawner, [binary, *args], env, cwd, seconds, place)
+        except OSError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
 
 
 # === Checkpoints =====================================================================================================
@@ -8674,7 +8928,7 @@ def connect_allowed(host: str, port: int, deadline: float, allowed: Callable[[Ad
             found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as e:
             found.put(e)
-    threading.Thread(target=look, name="resolver", daemon=True).start()
+    start_thread("resolver", look)
     try:
         answer = found.get(timeout=max(0.0, deadline - time.monotonic()))
     except queue.Empty:
@@ -8786,13 +9040,18 @@ PATHS = {"/chat/completions": ("POST",), "/models": ("GET",), "/usage": ("GET",)
 RESET_PATH = re.compile("/admin/breakers/(.+)/reset")
 
 
+PLAIN_WORD = re.compile(r"[!#-<>-~]+")      # printable, without space, quote and equals sign
+
+
 def log(**fields: Any) -> None:
-    """One key=value line on stderr. No prompt text, no key."""
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
-    plain = re.compile(r"[!#-<>-~]+").fullmatch      # printable, without space, quote and equals sign
-    words = (f"{k}={v if not isinstance(v, str) or plain(v) else json.dumps(v)}" for k, v in fields.items() if v is not None)
-    sys.stderr.write(f"time={stamp} {' '.join(words)}\n")
-    sys.stderr.flush()
+    """One key=value line on stderr, which is a LogStream. No prompt text, no key."""
+    words = []
+    for key, value in fields.items():
+        if isinstance(value, str) and not PLAIN_WORD.fullmatch(value):
+            value = json.dumps(value)
+        if value is not None:
+            words.append(f"{key}={value}")
+    sys.stderr.write(f"time={time.strftime('%Y-%m-%dT%H:%M:%S')} {' '.join(words)}\n")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -8890,9 +9149,13 @@ class Handler(BaseHTTPRequestHandler):
             except (ClientGone, ConnectionError, socket.timeout):
                 self._fields["status"], self.close_connection = 499, True
             except Exception as e:
-                log(level="error", event="internal-error", path=path, error=f"{type(e).__name__}: {e}")
-                sys.excepthook(*sys.exc_info())     # type: ignore[arg-type]
-                self._send_error(ProxyError("cliproxy made a mistake", f"{type(e).__name__}: {e}", "please report it with the traceback in its log", close=True))
+                want = exhausted(e)
+                if want is None:
+                    log(level="error", event="internal-error", path=path, error=f"{type(e).__name__}: {e}")
+                    sys.excepthook(*sys.exc_info())     # type: ignore[arg-type]
+                    want = ProxyError("cliproxy made a mistake", f"{type(e).__name__}: {e}",
+                                      "please report it with the traceback in its log", close=True)
+                self._send_error(want)
             finally:
                 self._log_line(path)
 
@@ -9246,10 +9509,10 @@ class State:
             return self.idle.wait_for(lambda: self.running == 0, seconds)
 
 
-class Listener(socketserver.ThreadingMixIn, HTTPServer):
+class Listener(SteadyServer):
     """A listening address. One thread for each connection, up to Settings.max_connections; beyond it 503 at once."""
 
-    daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 256, True
+    block_on_close, allow_reuse_address = False, True
 
     def __init__(self, family: int, address: Tuple[str, int], state: State):
         self.address_family, self.state = family, state
@@ -9263,15 +9526,24 @@ class Listener(socketserver.ThreadingMixIn, HTTPServer):
         self.server_name, self.server_port = self.server_address[0], self.server_address[1]     # type: ignore[assignment]
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        most = self.state.settings.max_connections
         if not self.state.places.acquire(blocking=False):
-            body = json.dumps(ChatCompletions.error(Busy("too many connections", f"the limit is {self.state.settings.max_connections}", "try again later"))).encode()
-            try:
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
-                                b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            except OSError:
-                pass                    # it has gone already
-            return self.shutdown_request(request)
-        super().process_request(request, client_address)
+            return self.turn_away(request, Busy("too many connections", f"the limit is {most}", "try again later"))
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as e:           # no thread can be started
+            self.state.places.release()
+            self.turn_away(request, exhausted(OSError(errno.EAGAIN, str(e))))
+
+    def turn_away(self, request: Any, error: ProxyError) -> None:
+        """503 at once, whatever is asked."""
+        body = json.dumps(ChatCompletions.error(error)).encode()
+        with contextlib.suppress(OSError):  # it has gone already
+            request.setblocking(False)
+            request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                            b"Retry-After: 1\r\nConnection: close\r\n"
+                            b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -10011,20 +10283,17 @@ def command_serve(args: argparse.Namespace, providers: Dict[str, Provider], rout
         ports += [listener.server_port for listener in listeners]
         signals: queue.SimpleQueue = queue.SimpleQueue()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda n, _: signals.put(n))
-        threads = [threading.Thread(target=listener.serve_forever, args=(STOP_POLL,), name=f"listen-{listener.server_address[0]}", daemon=True) for listener in listeners]
-        for t in threads:
-            t.start()
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:    # nohup
+                signal.signal(number, lambda n, _: signals.put(n))
+        for listener in listeners:
+            start_thread(f"listen-{listener.server_address[0]}", listener.serve_forever, STOP_POLL)
         base = f"http://{'localhost' if listeners[0].is_loopback else settings.host}:{ports[0]}/v1"
         print(f"cliproxy {VERSION} on {base}   (OPENAI_BASE_URL={base})", file=sys.stderr, flush=True)
-        threading.Thread(target=_greet, args=(state, not args.no_warm), name="look", daemon=True).start()
+        start_thread("look", _greet, state, not args.no_warm)
         _wait_for_signal(signals, spawner)
         state.stopping.set()
-        closers = [threading.Thread(target=listener.shutdown) for listener in listeners]     # all at once, because each waits for its poll
-        for t in closers:
-            t.start()
-        for t, listener in zip(closers, listeners):
-            t.join()
+        for listener in listeners:
+            listener.shutdown()
             listener.server_close()
         if state.running:
             log(event="stopping", running=state.running, drain_seconds=settings.drain)
@@ -10049,7 +10318,8 @@ def _greet(state: State, warm: bool) -> None:
         look = look_at(state.router, provider, say, "\"cliproxy.py doctor\" tries it out")
         binary = provider.binary(os.environ)
         if binary:
-            state.router.prepared(provider, binary)
+            with contextlib.suppress(OSError):      # the first request will try it again
+                state.router.prepared(provider, binary)
         if look.ready and warm and not state.stopping.is_set():
             state.router.warm(provider)
     state.sessions.tidy()
@@ -10414,7 +10684,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
 
 
+def open_standard_streams() -> None:
+    """Give what was closed of 0, 1, 2 to /dev/null, before something else gets the number; and the log its stream."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)    # the lowest number that is free is this one
+            setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))
+    sys.stderr = LogStream(2)
+
+
 if __name__ == "__main__":
+    open_standard_streams()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

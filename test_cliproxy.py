@@ -829,6 +829,7 @@ import pwd
 import py_compile
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -2005,6 +2006,38 @@ def test_a_queue_that_takes_too_long_says_busy_and_when_to_come_back():
     assert slots.busy == 0
 
 
+# === The log =========================================================================================================
+
+
+def a_log():
+    """(a LogStream on a pipe that takes a page, the reading end)"""
+    r, w = os.pipe()
+    os.set_blocking(r, False)
+    return cliproxy.LogStream(w), r
+
+
+def test_a_log_that_nobody_reads_waits_for_nothing_and_says_later_what_was_lost():
+    log, r = a_log()
+    line, out = "x" * 999 + "\n", b""
+    for _ in range(2000):
+        log.write(line)
+    while not out.endswith(b"lines\n"):
+        with contextlib.suppress(BlockingIOError):
+            out += os.read(r, 1 << 16)
+        log.write("" if b"lost" not in out else "more lines\n")
+    *whole, lost, _ = out.decode().splitlines()
+    assert set(whole) == {line[:-1]} and lost == f"event=log-lines-lost lines={2000 - len(whole)}"
+    os.close(r)
+    os.close(log.fileno())
+
+
+def test_a_log_whose_reader_has_gone_takes_every_line():
+    log, r = a_log()
+    os.close(r)
+    assert [log.write("one\n"), log.flush()] == [4, None]
+    os.close(log.fileno())
+
+
 # === Terminal text ===================================================================================================
 
 TERMINAL = [
@@ -2243,6 +2276,65 @@ def test_a_spawner_that_is_killed_is_noticed_and_takes_its_children_along(spawne
         eventually("the child is gone", lambda: not alive(child.pid))
         with pytest.raises(OSError):
             spawner.spawn(["/bin/sh", "-c", ":"], {}, spawner.root)
+
+
+@contextlib.contextmanager
+def limited(what, soft):
+    """The soft limit of this process is so low for a while."""
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
+
+
+def next_descriptor():
+    fd = os.dup(0)
+    os.close(fd)
+    return fd
+
+
+@pytest.mark.parametrize("on_tty", [(), (1,), (0, 1, 2)])
+def test_a_fork_that_fails_loses_no_descriptor(on_tty, monkeypatch):
+    def refused():
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    monkeypatch.setattr("os.fork", refused)
+    monkeypatch.setattr("pty.fork", refused)
+    before = next_descriptor()
+    with pytest.raises(BlockingIOError):
+        cliproxy._start({"argv": ["/bin/true"], "env": {}, "cwd": "/", "tty": list(on_tty)})
+    assert next_descriptor() == before
+
+
+def test_a_child_whose_descriptors_find_no_room_is_an_error_and_the_next_one_starts(spawner):
+    assert shell(spawner, "echo up")[0] == b"up\n"
+    first = next_descriptor()
+    for room in range(3):
+        with limited(resource.RLIMIT_NOFILE, first + room), pytest.raises(OSError) as e:
+            spawner.spawn(["/bin/sleep", "100"], {}, spawner.root)
+        assert (e.value.errno, next_descriptor()) == (errno.EMFILE, first)
+    eventually("none of them is left", lambda: not children_of(spawner.pid))
+    assert shell(spawner, "echo still here")[0] == b"still here\n"
+
+
+def test_a_scope_that_finds_no_descriptor_leaves_none_behind():
+    first = next_descriptor()
+    for room in range(3):
+        with limited(resource.RLIMIT_NOFILE, first + room), pytest.raises(OSError):
+            cliproxy.Scope({})
+        assert next_descriptor() == first
+
+
+def test_a_place_that_cannot_be_removed_now_goes_with_the_next_one(spawner):
+    kept, other = (os.path.join(spawner.root, name) for name in ("kept", "other"))
+    for path in (kept, other):
+        os.makedirs(path)
+    with limited(resource.RLIMIT_NOFILE, next_descriptor()):
+        spawner.remove(kept)
+    assert os.path.exists(kept)
+    spawner.remove(other)
+    assert not os.path.exists(kept) and not os.path.exists(other)
 
 
 def test_neither_ctrl_c_nor_sigterm_ends_the_spawner_before_the_proxy(spawner):
@@ -2784,6 +2876,16 @@ def test_stdout_is_a_terminal_for_plain_text_and_for_what_is_made_of_javascript(
     assert launched(tmp_path, name, [user("Hi")], driver)[0].on_tty == ((1,) if driver == "text" or name in ("claude", "gemini", "qwen") else ())
 
 
+def test_a_file_that_found_no_room_on_the_disk_can_be_written_later(tmp_path):
+    def write():
+        return cliproxy.write_file(str(tmp_path), "f", "words", lambda name, arg: cliproxy.MISSING)
+    with limited(resource.RLIMIT_FSIZE, 2), pytest.raises(OSError):
+        write()
+    assert os.listdir(tmp_path) == []
+    with open(write()) as f:
+        assert f.read() == "words"
+
+
 # === Drivers =========================================================================================================
 
 
@@ -2791,7 +2893,8 @@ class Replay:
     """In place of a Child: bytes that a CLI was seen to write to stdout, in pieces, its stderr and its exit status."""
 
     def __init__(self, stdout, stderr="", status=0, size=None, place="/nonexistent"):
-        self._pieces, self._stderr, self._status, self.place, self.left = pieces(stdout, size), stderr, status, place, None
+        self._pieces, self._stderr, self.status = pieces(stdout, size), stderr, status
+        self.place, self.left = place, None
 
     def output(self, scope, poll=None):
         yield from self._pieces
@@ -2800,7 +2903,10 @@ class Replay:
         return self._stderr
 
     def wait(self, seconds):
-        return self._status
+        return self.status
+
+    def exiting(self, scope, seconds):
+        return iter(())
 
     def release(self, grace=0.0):
         self.left = "released"
@@ -8264,7 +8370,8 @@ def test_the_processes_below_ours_are_found_with_their_memory_and_time():
     assert kib > 1000 and seconds > 0
 
 
-# === Leak test =======================================================================================================
+# === Leak test ================================================================================================
+
 
 # A CLI that does one thing, or not, that no request asked for. It speaks OpenAI's chat completions.
 LEAKY = """
@@ -8381,9 +8488,42 @@ def test_the_tools_of_a_request_to_any_service_are_found():
         {"tools": [{"type": "function", "name": "d"}, {"type": "local_shell"}]},
         {"tools": [{"type": "function", "function": {"name": "e"}}]}, {"tools": None}, {})] == [
         ["a", "web_search"], ["b", "c"], ["d", "local_shell"], ["e"], [], []]
+=======
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit")
+def test_a_proxy_without_descriptors_says_so_and_serves_again(serve):
+    proxy = serve(["--no-warm"]).settled()
+    limit = resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE)
+    used = {int(fd) for fd in os.listdir(f"/proc/{proxy.pid}/fd")}
+    resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, (max(used) + 1, limit[1]))
+    with contextlib.ExitStack() as stack:
+        for _ in range(max(used) + 1 - len(used)):      # these find room
+            stack.enter_context(proxy.connect())
+        one_more = stack.enter_context(proxy.connect())
+        answer = read_answer(stack.enter_context(one_more.makefile("rb")))
+    assert (answer.status, answer.json["error"]["code"]) == (503, "out_of_resources")
+    resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, limit)
+    assert proxy.ask("echo").status == 200
 
 
 # === Command line ====================================================================================================
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_proxy_that_starts_with_closed_descriptors_starts_clis(serve, closed):
+    proxy = serve(["--no-warm"]).settled()
+    ended = subprocess.run(["/bin/sh", "-c", f'exec "$@" {closed}', "-", *PYTHON, "-m", "cliproxy",
+                            "doctor", "echo"], env=proxy.env, stdout=subprocess.PIPE, timeout=LIMIT)
+    assert ended.returncode == 0
+
+
+def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(serve):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        proxy = serve(["--no-warm"])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    proxy.process.send_signal(signal.SIGHUP)
+    assert proxy.ask("echo").status == 200 and proxy.process.poll() is None
 
 
 def test_help_is_one_sentence_three_commands_and_the_options_with_their_defaults(monkeypatch):
