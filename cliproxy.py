@@ -2944,6 +2944,10 @@ class SteadyServer(socketserver.ThreadingMixIn, HTTPServer):
         """End a connection that cannot be served."""
         self.shutdown_request(request)
 
+    def server_activate(self) -> None:
+        super().server_activate()
+        self.service_actions()
+
     def service_actions(self) -> None:
         if self._spare < 0:
             with contextlib.suppress(OSError):

@@ -8371,8 +8371,7 @@ def test_the_processes_below_ours_are_found_with_their_memory_and_time():
     assert kib > 1000 and seconds > 0
 
 
-# === Leak test ================================================================================================
-
+# === Leak test =======================================================================================================
 
 # A CLI that does one thing, or not, that no request asked for. It speaks OpenAI's chat completions.
 LEAKY = """
@@ -8489,7 +8488,8 @@ def test_the_tools_of_a_request_to_any_service_are_found():
         {"tools": [{"type": "function", "name": "d"}, {"type": "local_shell"}]},
         {"tools": [{"type": "function", "function": {"name": "e"}}]}, {"tools": None}, {})] == [
         ["a", "web_search"], ["b", "c"], ["d", "local_shell"], ["e"], [], []]
-=======
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit")
 def test_a_proxy_without_descriptors_says_so_and_serves_again(serve):
     proxy = serve(["--no-warm"]).settled()
