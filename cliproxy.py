@@ -81,6 +81,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import subprocess
 import tempfile
@@ -685,7 +686,7 @@ BUILTIN_PROVIDERS = r'''{
       "pass": ["PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "XDG_*", "DBUS_SESSION_BUS_ADDRESS",
                "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy",
                "SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS"],
-      "set": {"TERM": "dumb", "NO_COLOR": "1", "TMPDIR": "{dir}/tmp"}
+      "set": {"TERM": "dumb", "NO_COLOR": "1", "TMPDIR": "{dir}/tmp", "GIT_CEILING_DIRECTORIES": "{dir}"}
     },
     "slots": 8,
     "drivers": {
@@ -980,7 +981,7 @@ BUILTIN_PROVIDERS = r'''{
         "home/.gemini/oauth_creds.json": "~/.gemini/oauth_creds.json",
         "home/.gemini/google_accounts.json": "~/.gemini/google_accounts.json",
         "home/.gemini/gemini-credentials.json": "~/.gemini/gemini-credentials.json",
-        "home/.gemini/.env": "~/.gemini/.env"
+        ".gemini/.env": "~/.gemini/.env"
       },
       "files": {
         "system.md": "{system|}",
@@ -1153,7 +1154,7 @@ BUILTIN_PROVIDERS = r'''{
       "args": ["-c", "sandbox_mode=\"read-only\"", "-c", "approval_policy=\"never\"",
         "-c", "include_permissions_instructions=false", "-c", "include_environment_context=false", "-c", "include_apps_instructions=false",
         "-c", "include_collaboration_mode_instructions=false", "-c", "skills.include_instructions=false", "-c", "skills.bundled.enabled=false",
-        "-c", "project_doc_max_bytes=0", "-c", "web_search=\"disabled\"", "-c", "history.persistence=\"none\"", "-c", "analytics.enabled=false",
+        "-c", "project_doc_max_bytes=0", "-c", "project_root_markers=[]", "-c", "web_search=\"disabled\"", "-c", "history.persistence=\"none\"", "-c", "analytics.enabled=false",
         "-c", "check_for_update_on_startup=false", "-c", "agents.enabled=false", "-c", "developer_instructions=\"\"", "-c", "instructions=\"\"", "-c", "notify=[]",
         "-c", "tools.experimental_request_user_input={enabled=false}", "-c", "tools.update_plan={enabled=false}",
         "-c", "features.shell_tool=false", "-c", "features.unified_exec=false", "-c", "features.view_image=false", "-c", "features.goals=false",
@@ -1297,7 +1298,8 @@ BUILTIN_PROVIDERS = r'''{
       "links": {
         "home/settings.json": "~/.qwen/settings.json",
         "home/oauth_creds.json": "~/.qwen/oauth_creds.json",
-        "home/.env": "~/.qwen/.env"
+        "home/.env": "~/.qwen/.env",
+        ".qwen/.env": "~/.qwen/.env"
       },
       "files": {
         "work/.qwen/output-language.md": "",
@@ -2288,6 +2290,83 @@ def _remove(root: str) -> None:
         time.sleep(0.05)
 
 
+LEAST_ROOM = 64 << 20       # bytes that must be free for places; XDG_RUNTIME_DIR is in memory
+
+
+def private_base(environ: Mapping[str, str]) -> str:
+    """The directory for the roots of this person's proxies: 0700 and theirs, or ConfigError.
+
+    Not in a temporary directory: who shares that could put files there, in the directories above a CLI's, and
+    the CLIs obey those. XDG_RUNTIME_DIR is nobody else's and is empty after a restart of the machine."""
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    cache = environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(runtime) and _fit_for_places(runtime):
+        base = os.path.join(runtime, "cliproxy")
+    elif os.path.isabs(cache):
+        base = os.path.join(cache, "cliproxy")
+    else:
+        base = os.path.join(os.path.expanduser("~"), ".cache", "cliproxy")
+    advice = "make it a directory of yours, or set XDG_CACHE_HOME to one"
+    try:
+        os.makedirs(os.path.dirname(base), 0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(base, 0o700)
+        found = os.lstat(base)
+        if not stat.S_ISDIR(found.st_mode):
+            raise ConfigError(f"{base} is a link or a file: {advice}")
+        if found.st_uid != os.geteuid():
+            raise ConfigError(f"{base} belongs to another user: {advice}")
+        if found.st_mode & 0o077:
+            os.chmod(base, 0o700)
+    except OSError as e:
+        raise ConfigError(f"{base} cannot be used: {e.strerror}: {advice}") from None
+    return os.path.realpath(base)
+
+
+def _fit_for_places(folder: str) -> bool:
+    """Is this directory the person's alone, with room, on a disk whose programs may be run? CLIs unpack some."""
+    try:
+        found, disk = os.lstat(folder), os.statvfs(folder)
+    except OSError:
+        return False
+    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    runs = not disk.f_flag & getattr(os, "ST_NOEXEC", 8)
+    return private and runs and disk.f_bavail * disk.f_frsize >= LEAST_ROOM and os.access(folder, os.W_OK)
+
+
+def private_root(environ: Mapping[str, str]) -> Tuple[str, int]:
+    """(a new directory for one proxy's places, a descriptor that marks it as in use for as long as it is open).
+
+    What proxies have left that were killed along with their spawner is removed: nobody holds a lock on it."""
+    base = private_base(environ)
+    for left in glob.glob(os.path.join(glob.escape(base), "*")):
+        with contextlib.suppress(OSError):
+            hold = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(left)
+            finally:
+                os.close(hold)
+    while True:
+        try:
+            root = tempfile.mkdtemp(prefix="", dir=base)
+            hold = os.open(root, os.O_RDONLY)
+        except FileNotFoundError:           # another proxy has just swept it away
+            continue
+        except OSError as e:
+            raise ConfigError(f"no directory can be made in {base}: {e.strerror}") from None
+        try:
+            fcntl.flock(hold, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:             # or is about to
+            os.close(hold)
+            continue
+        except OSError:
+            pass                            # a file system without locks: what is left behind stays
+        if os.path.isdir(root):
+            return root, hold
+        os.close(hold)
+
+
 class _SpawnerProcess:
     """The loop of the spawner. Everything here runs in its own process, in one thread."""
 
@@ -2419,7 +2498,7 @@ class Spawner:
     """The proxy's end of the spawner. Make it before the first thread is started; spawn() may then be called from any thread."""
 
     def __init__(self) -> None:
-        self.root = tempfile.mkdtemp(prefix="cliproxy-")        # mode 0700; every place is made in here
+        self.root, self._hold = private_root(os.environ)        # every place is made in here
         self._socket, theirs = socket.socketpair()
         self._lock, self._numbers = threading.Lock(), iter(range(1, 1 << 62))
         self._starting: Dict[int, queue.SimpleQueue] = {}       # number -> where its (pid, descriptors) or OSError goes
@@ -2503,6 +2582,7 @@ class Spawner:
         except ChildProcessError:
             pass
         _remove(self.root)
+        os.close(self._hold)
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
@@ -3527,11 +3607,14 @@ def leads_here(url: str, own_ports: Sequence[int]) -> bool:
 
 
 def make_place(root: str, provider: Provider, lookup: Lookup) -> str:
-    """A new private directory (0700) with work/ (the cwd, empty), tmp/, home/ and links to the login files the person has."""
+    """A new private directory (0700) with work/ (the cwd, empty), tmp/, home/, links to the login files the person has,
+    and an empty .env."""
     place = tempfile.mkdtemp(prefix=provider.name + "-", dir=root)
     try:
         for name in ("work", "tmp", "home"):
             os.mkdir(os.path.join(place, name), 0o700)
+        # Who looks for it in its directory and then in those above finds this one, and looks no further.
+        os.close(os.open(os.path.join(place, ".env"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         for name, target in provider.row.get("links", {}).items():
             source, link = os.path.expanduser(fill(target, lookup)), os.path.join(place, name)
             if os.path.exists(source):
@@ -10406,6 +10489,8 @@ ProtectProc=invisible
 RemoveIPC=yes
 StateDirectory=cliproxy
 StateDirectoryMode=0700
+CacheDirectory=cliproxy
+CacheDirectoryMode=0700
 # The CLIs read their logins in the home and write to these paths of it when they renew one. A path that is not there when the service
 # starts cannot be written to before its next start: restart it after a first login. To loosen it, add the home itself to the second line.
 ProtectHome=read-only
@@ -10523,8 +10608,8 @@ def systemd_unit(args: argparse.Namespace, flags: Sequence[str], environ: Mappin
     providers, _ = load_providers(config), load_routes(config, serve.route)
     rows = [path for p in providers.values() for path in p.row.get("home", [])]
     moved = {name: environ[name] for _, name in holes(rows) if environ.get(name)}       # where the person keeps logins elsewhere
-    variables = {"PATH": search_path(providers, environ), **moved, **({"XDG_STATE_HOME": ""} if args.system else {})}
-    environment = "\n".join("Environment=" + (systemd_word(f"{k}={v}") if v else f"{k}=%S") for k, v in variables.items())
+    variables = {"PATH": search_path(providers, environ), **moved, **({"XDG_STATE_HOME": "%S", "XDG_CACHE_HOME": "%C"} if args.system else {})}
+    environment = "\n".join("Environment=" + (f"{k}={v}" if v in ("%S", "%C") else systemd_word(f"{k}={v}")) for k, v in variables.items())
     kept = [os.path.expanduser(fill(path, lambda n, arg: environ.get(arg) or MISSING)) for path in rows]
     writable = ["-" + path for path in kept] + ([serve.state] if serve.state and "://" not in serve.state else [])
     command = [systemd_word(sys.executable), *(systemd_word(w, command=True) for w in [os.path.abspath(__file__), "--port", str(args.port), *flags])]

@@ -1082,7 +1082,11 @@ class Machine:
         with open(self.providers, "w") as f:
             json.dump({"providers": providers}, f)
         self.env = {"PATH": os.path.join(self.folder, "bin") + ":/usr/bin:/bin", "HOME": self.home, "LANG": "C.UTF-8", "GEMINI_API_KEY": "g", "OPENAI_API_KEY": "o",
-                    "TMPDIR": os.path.join(self.folder, "tmp"), "PYTHONDEVMODE": "1", "XDG_STATE_HOME": os.path.join(self.folder, "state"), "SECRET_OF_OURS": "do not pass on", **FROM_CACHE, **(env or {})}
+                    "TMPDIR": os.path.join(self.folder, "tmp"), "PYTHONDEVMODE": "1", "XDG_STATE_HOME": os.path.join(self.folder, "state"), "SECRET_OF_OURS": "do not pass on",
+                    "XDG_RUNTIME_DIR": os.path.join(self.folder, "run"), **FROM_CACHE, **(env or {})}
+        self.roots = os.path.join(self.env["XDG_RUNTIME_DIR"], "cliproxy")      # of all places
+        os.makedirs(self.roots, exist_ok=True)
+        os.chmod(self.env["XDG_RUNTIME_DIR"], 0o700)
 
     def install(self, name):
         path = os.path.join(self.folder, "bin", name)
@@ -1125,7 +1129,7 @@ class Machine:
     def doctor(self, *args):
         """`cliproxy.py doctor`, to its end."""
         ended = subprocess.run([*PYTHON, "-m", "cliproxy", "doctor", "--providers", self.providers, *args], env=self.env, capture_output=True, text=True, timeout=60)
-        assert os.listdir(self.env["TMPDIR"]) == [] and "Traceback" not in ended.stderr, ended.stderr
+        assert os.listdir(self.roots) == [] and "Traceback" not in ended.stderr, ended.stderr
         return ended
 
 
@@ -1202,7 +1206,7 @@ class Proxy(Machine):
 
     def places(self):
         """The private directories of CLIs that are there now."""
-        return [p for p in glob.glob(os.path.join(self.folder, "tmp", "*", "*")) if "prepared-" not in p]
+        return [p for p in glob.glob(os.path.join(self.roots, "*", "*")) if "prepared-" not in p]
 
     def reset(self):
         """Close every circuit breaker that a test has opened, and wait until that is in the log, whose lines tests count."""
@@ -1238,7 +1242,7 @@ class Proxy(Machine):
         except subprocess.TimeoutExpired:
             self.hung("the end")
         eventually("the spawner is gone", lambda: not any(alive(pid) for pid in spawner))
-        eventually("nothing is left in the temporary directory", lambda: not os.listdir(os.path.join(self.folder, "tmp")))
+        eventually("no place is left", lambda: not os.listdir(self.roots))
         return status
 
 
@@ -1523,6 +1527,38 @@ def test_a_quota_that_does_not_clear_within_two_minutes_is_not_to_be_retried(res
     assert cliproxy.provider_error(PROVIDERS["claude"], "quota", "used up", resets_in).should_retry is retry
 
 
+# === The log =========================================================================================================
+
+
+def a_log():
+    """(a LogStream on a pipe that takes a page, the reading end)"""
+    r, w = os.pipe()
+    os.set_blocking(r, False)
+    return cliproxy.LogStream(w), r
+
+
+def test_a_log_that_nobody_reads_waits_for_nothing_and_says_later_what_was_lost():
+    log, r = a_log()
+    line, out = "x" * 999 + "\n", b""
+    for _ in range(2000):
+        log.write(line)
+    while not out.endswith(b"lines\n"):
+        with contextlib.suppress(BlockingIOError):
+            out += os.read(r, 1 << 16)
+        log.write("" if b"lost" not in out else "more lines\n")
+    *whole, lost, _ = out.decode().splitlines()
+    assert set(whole) == {line[:-1]} and lost == f"event=log-lines-lost lines={2000 - len(whole)}"
+    os.close(r)
+    os.close(log.fileno())
+
+
+def test_a_log_whose_reader_has_gone_takes_every_line():
+    log, r = a_log()
+    os.close(r)
+    assert [log.write("one\n"), log.flush()] == [4, None]
+    os.close(log.fileno())
+
+
 # === Built-in providers ==============================================================================================
 
 BUILTIN = json.loads(cliproxy.BUILTIN_PROVIDERS)
@@ -1736,7 +1772,7 @@ def test_providers_builtin_prints_providers_json():
 def test_the_script_alone_works_the_same(tmp_path):
     alone = str(shutil.copy(SCRIPT, tmp_path))
     assert json.loads(run("providers", script=alone).stdout) == BUILTIN
-    ended = run("doctor", "echo", script=alone, TMPDIR=str(tmp_path))
+    ended = run("doctor", "echo", script=alone, XDG_RUNTIME_DIR=str(tmp_path))
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "  echo     built in           ready\n", "")
 
 
@@ -2007,38 +2043,6 @@ def test_a_queue_that_takes_too_long_says_busy_and_when_to_come_back():
     assert slots.busy == 0
 
 
-# === The log =========================================================================================================
-
-
-def a_log():
-    """(a LogStream on a pipe that takes a page, the reading end)"""
-    r, w = os.pipe()
-    os.set_blocking(r, False)
-    return cliproxy.LogStream(w), r
-
-
-def test_a_log_that_nobody_reads_waits_for_nothing_and_says_later_what_was_lost():
-    log, r = a_log()
-    line, out = "x" * 999 + "\n", b""
-    for _ in range(2000):
-        log.write(line)
-    while not out.endswith(b"lines\n"):
-        with contextlib.suppress(BlockingIOError):
-            out += os.read(r, 1 << 16)
-        log.write("" if b"lost" not in out else "more lines\n")
-    *whole, lost, _ = out.decode().splitlines()
-    assert set(whole) == {line[:-1]} and lost == f"event=log-lines-lost lines={2000 - len(whole)}"
-    os.close(r)
-    os.close(log.fileno())
-
-
-def test_a_log_whose_reader_has_gone_takes_every_line():
-    log, r = a_log()
-    os.close(r)
-    assert [log.write("one\n"), log.flush()] == [4, None]
-    os.close(log.fileno())
-
-
 # === Terminal text ===================================================================================================
 
 TERMINAL = [
@@ -2120,7 +2124,7 @@ def test_an_escape_sequence_beyond_all_measure_is_text_however_it_is_split(monke
 @pytest.fixture
 def spawner(tmp_path, monkeypatch):
     """A spawner in this process, with its root in a directory of the test; closed afterwards."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     made = cliproxy.Spawner()
     yield made
     made.close()
@@ -2357,7 +2361,7 @@ def test_a_proxy_that_is_killed_leaves_nothing(serve):
         proxy.process.kill()
         proxy.process.wait(LIMIT)
         eventually("nothing of it runs", lambda: not family & set(dict(processes())))
-        eventually("no file is left", lambda: not os.listdir(os.path.join(proxy.folder, "tmp")))
+        eventually("no file is left", lambda: not os.listdir(proxy.roots))
 
 
 # === Tools ===========================================================================================================
@@ -2762,8 +2766,59 @@ def test_a_place_is_private_and_holds_links_to_the_logins_that_exist(tmp_path, m
     (tmp_path / ".codex").mkdir()
     (tmp_path / ".codex" / "auth.json").write_text("secret")
     place = cliproxy.make_place(str(tmp_path), PROVIDERS["codex"], lambda *a: cliproxy.MISSING)
-    assert os.stat(place).st_mode & 0o777 == 0o700 and sorted(os.listdir(place)) == ["home", "tmp", "work"] and os.listdir(place + "/work") == []
+    assert os.stat(place).st_mode & 0o777 == 0o700 and os.listdir(place + "/work") == []
+    assert sorted(os.listdir(place)) == [".env", "home", "tmp", "work"] and os.stat(place + "/.env").st_size == 0
     assert os.listdir(place + "/home") == ["auth.json"] and os.readlink(place + "/home/auth.json") == str(tmp_path / ".codex" / "auth.json")
+
+
+@pytest.mark.parametrize("name", ["gemini", "qwen"])
+def test_a_search_upwards_finds_the_login_of_the_person_and_nothing_beyond(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / f".{name}").mkdir()
+    (tmp_path / f".{name}" / ".env").write_text("KEY=theirs")
+    (tmp_path / ".env").write_text("KEY=of somebody else")
+    place = pathlib.Path(cliproxy.make_place(str(tmp_path), PROVIDERS[name], lambda *a: cliproxy.MISSING))
+    found = [path.read_text() for above in ((place / "work"), *(place / "work").parents)
+             for path in (above / f".{name}" / ".env", above / ".env") if path.exists()]
+    assert found[:2] == ["KEY=theirs", ""]
+
+
+def test_places_lie_where_only_the_person_can_put_files(tmp_path, monkeypatch):
+    runtime, home = tmp_path / "run", tmp_path / "home"
+    for path in (runtime, home):
+        path.mkdir(0o700)
+    monkeypatch.setenv("HOME", str(home))
+    base = cliproxy.private_base
+    assert base({"XDG_RUNTIME_DIR": str(runtime)}) == str(runtime / "cliproxy")
+    assert base({"XDG_CACHE_HOME": str(home / "c")}) == str(home / "c" / "cliproxy")
+    runtime.chmod(0o755)                # it is not theirs alone
+    ours = home / ".cache" / "cliproxy"
+    for environ in ({"XDG_RUNTIME_DIR": str(runtime)}, {"XDG_RUNTIME_DIR": "relative"}, {"TMPDIR": str(runtime)}):
+        assert base(environ) == str(ours) and ours.stat().st_mode & 0o777 == 0o700
+    ours.chmod(0o777)
+    assert base({}) == str(ours) and ours.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("wrong", ["link", "file"])
+def test_a_private_directory_that_is_none_is_a_clear_error(tmp_path, monkeypatch, wrong):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".cache").mkdir()
+    path = tmp_path / ".cache" / "cliproxy"
+    path.symlink_to(tmp_path) if wrong == "link" else path.write_text("")
+    with pytest.raises(cliproxy.ConfigError, match=f"{path} is a link or a file: .* set XDG_CACHE_HOME"):
+        cliproxy.private_base({})
+
+
+def test_what_a_killed_proxy_has_left_is_swept_by_the_next_and_what_is_in_use_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    environ = {"XDG_RUNTIME_DIR": "", "XDG_CACHE_HOME": str(tmp_path)}
+    (first, one), (second, two) = cliproxy.private_root(environ), cliproxy.private_root(environ)
+    assert os.path.isdir(first) and os.path.isdir(second)
+    os.close(one)
+    third, three = cliproxy.private_root(environ)
+    assert [os.path.isdir(path) for path in (first, second, third)] == [False, True, True]
+    os.close(two)
+    os.close(three)
 
 
 def launched(tmp_path, name, messages, driver="jsonl", model="", outside=None, **params):
@@ -3577,10 +3632,14 @@ def test_nothing_is_started_ahead_of_the_first_request_when_that_is_asked_for(st
 def test_nothing_of_a_turn_is_left_in_the_place_of_a_resident(staying):
     for name in ("gemini", "qwen", "claude"):
         proxy = staying(name, alone=True)
-        before = sorted(p for place in proxy.places() for p in files_below(place))
+        before = left_in(proxy)
         proxy.ask(name, HISTORY)
-        eventually("all is as it was, but for the system prompt", lambda: sorted(
-            p for place in proxy.places() for p in files_below(place) if not p.endswith(("dyn.md", "system.md"))) == [p for p in before if not p.endswith("system.md")])
+        eventually("all is as it was", lambda: left_in(proxy) == before)
+
+
+def left_in(proxy):
+    """The files in its places but for the system prompt and what every place has from the start."""
+    return sorted(p for place in proxy.places() for p in files_below(place) if not p.endswith(("dyn.md", "system.md", ".env")))
 
 
 def files_below(folder):
@@ -5782,9 +5841,9 @@ def test_a_parameter_that_the_service_refuses_is_left_out_from_then_on(proxy):
     assert answered.headers["x-cliproxy-params"] == "temperature=ignored" and proxy.runs("claude-params") == 3
 
 
-def test_a_temporary_directory_that_was_cleaned_away_is_an_error_and_no_mistake(serve):
+def test_a_private_directory_that_was_cleaned_away_is_an_error_and_no_mistake(serve):
     proxy = serve(clis=["claude"]).settled()
-    for path in glob.glob(os.path.join(proxy.folder, "tmp", "*")):
+    for path in glob.glob(os.path.join(proxy.roots, "*")):
         shutil.rmtree(path)
     answered = proxy.ask("claude")
     assert answered.error == (502, "server_error", "provider_crashed", None)
@@ -8634,7 +8693,7 @@ def test_a_proxy_whose_spawner_was_killed_ends_with_a_clear_line(serve):
         os.kill(proxy.spawner(), signal.SIGKILL)
         assert proxy.process.wait(LIMIT) == 1 and proxy.lines("event=spawner-gone")
     eventually("the CLI is gone", lambda: not set(child) & set(dict(processes())))
-    assert os.listdir(os.path.join(proxy.folder, "tmp")) == []
+    assert os.listdir(proxy.roots) == []
 
 
 @pytest.fixture
@@ -9307,8 +9366,7 @@ class RealProxy(Proxy):
         ways = {f"{name}-{driver}": {**{k: v for k, v in rows[name].items() if k not in ("version", "logged_in")}, "models": {**rows[name]["models"], "names": [], "also": ""},
                                      "strategies": [s for s in rows[name]["strategies"] if s.get("driver") == driver]} for name, driver in REAL}
         paths = dict.fromkeys([first, *(os.path.dirname(real_path(name) or "") for name in CLIS), os.path.dirname(shutil.which("node") or ""), "/usr/bin", "/bin"])
-        env = {**person(home, service), "TMPDIR": os.path.join(home, "tmp"), "PATH": os.pathsep.join(p for p in paths if p), **env}
-        os.makedirs(env["TMPDIR"])
+        env = {**person(home, service), "XDG_RUNTIME_DIR": os.path.join(home, "tmp"), "PATH": os.pathsep.join(p for p in paths if p), **env}
         routes = {f"from-{name}": [*CLIS[i:], *CLIS[:i]] for i, name in enumerate(CLIS)}
         super().__init__(folder, ["--no-warm", *(w for route, steps in routes.items() for w in ("--route", f"{route}={','.join(steps)}"))], clis=(), env=env, providers={**{name: {} for name in CLIS}, **ways, **dict(providers)})
 
@@ -9318,12 +9376,12 @@ class RealProxy(Proxy):
 
     def one_shots(self):
         """The places of CLIs that were started for one answer. They are removed when their CLI has ended."""
-        places = [os.path.basename(p) for p in glob.glob(os.path.join(self.env["TMPDIR"], "*", "*"))]
+        places = [os.path.basename(p) for p in glob.glob(os.path.join(self.roots, "*", "*"))]
         return [p for p in places if p.rpartition("-")[0].endswith(("-jsonl", "-text"))]
 
     def stop(self, number=signal.SIGTERM):
         status = super().stop(number)
-        assert os.listdir(self.env["TMPDIR"]) == []
+        assert os.listdir(self.roots) == []
         return status
 
 
@@ -9726,7 +9784,7 @@ def test_a_proxy_that_is_killed_leaves_no_real_cli(request, serve_real, model):
         proxy.process.kill()
         proxy.process.wait(LIMIT)
         eventually("nothing of it runs any more", lambda: not set(family) & set(dict(processes())))
-    eventually("no place is left", lambda: os.listdir(proxy.env["TMPDIR"]) == [])
+    eventually("no place is left", lambda: os.listdir(proxy.roots) == [])
 
 
 @pytest.mark.real
@@ -10113,7 +10171,7 @@ def test_nothing_of_a_tool_turn_is_left_at_a_real_cli(request, serve_real, model
                     connection.request("POST", where.path, '{"jsonrpc": "2.0", "id": 1, "method": "ping"}', {"Authorization": f"Bearer {token}"})
                     return connection.getresponse().status
             eventually("its tools are not served any more", lambda: status() == 404)        # noqa: B023
-    places = os.path.join(proxy.env["TMPDIR"], "*", "*")
+    places = os.path.join(proxy.roots, "*", "*")
     left = lambda: [path for pattern in ("s/*", "home/.gemini/tmp/work/chats/*", "home/sessions/*/*/*/*") for path in glob.glob(os.path.join(places, pattern))]      # noqa: E731
     eventually("no conversation is left in a file", lambda: not left())
 
