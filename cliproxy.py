@@ -8003,7 +8003,9 @@ class Router:
                 with open(path, encoding="utf-8", errors="replace") as f:
                     text = f.read()
                 found = [dig(json.loads(text), row["json"].split("."))] if "json" in row else re.findall(row.get("match", ""), text)
-            except (OSError, ValueError):
+            except (OSError, ValueError) as e:
+                if exhausted(e):            # without what it says a CLI would start as an agent
+                    raise
                 continue
             if found and found[0] is not None:
                 out["found:" + name] = found if row.get("all") else found[0]
@@ -9084,6 +9086,8 @@ def fetched(url: str, path: str, most: int, deadline: float, allowed: Callable[[
     except http.client.HTTPException:
         why = "its server does not speak HTTP, or broke off"
     except (OSError, ValueError) as e:
+        if exhausted(e):
+            raise
         why = getattr(e, "verify_message", "") or getattr(e, "strerror", "") or str(e)
     raise BadRequest(f"`{path}` could not be fetched", why, "send it as a data: URL", param=path, code="invalid_image_url")
 

@@ -2832,6 +2832,7 @@ def launched(tmp_path, name, messages, driver="jsonl", model="", outside=None, *
     for f in files.values():
         assert os.stat(f.name).st_mode & 0o777 == 0o600
         f.close()
+    assert texts.pop(".env") == ""
     return launch, texts
 
 
