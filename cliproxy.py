@@ -2308,9 +2308,9 @@ def private_base(environ: Mapping[str, str]) -> str:
         base = os.path.join(os.path.expanduser("~"), ".cache", "cliproxy")
     advice = "make it a directory of yours, or set XDG_CACHE_HOME to one"
     try:
-        os.makedirs(os.path.dirname(base), 0o700, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(base, 0o700)
+        for path in (os.path.dirname(base), base):      # but not the home, if there is none
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
         found = os.lstat(base)
         if not stat.S_ISDIR(found.st_mode):
             raise ConfigError(f"{base} is a link or a file: {advice}")

@@ -1344,7 +1344,8 @@ def proxy(shared):
 def run(*args, script=None, **env):
     """cliproxy.py (or a copy of it) with these arguments, to its end."""
     return subprocess.run([*PYTHON, *([script] if script else ["-m", "cliproxy"]), *args], capture_output=True, text=True, timeout=60,
-                          env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "LANG": "C.UTF-8", **FROM_CACHE, **env})
+                          env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "LANG": "C.UTF-8", "XDG_RUNTIME_DIR": COMPILED,
+                               **FROM_CACHE, **env})
 
 
 def called(*args):
@@ -2798,6 +2799,10 @@ def test_places_lie_where_only_the_person_can_put_files(tmp_path, monkeypatch):
         assert base(environ) == str(ours) and ours.stat().st_mode & 0o777 == 0o700
     ours.chmod(0o777)
     assert base({}) == str(ours) and ours.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    with pytest.raises(cliproxy.ConfigError, match="none/.cache/cliproxy cannot be used: No such file or directory"):
+        base({})
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("wrong", ["link", "file"])
