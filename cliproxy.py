@@ -7722,7 +7722,8 @@ class Router:
                     yield event
                 self._taken_so.add((name, strategy.name))
                 if doubt:
-                    self._step_down(name, doubt[0], identity, doubt[1].message)
+                    self._step_down(name, doubt[0], identity, doubt[1].message, FOREVER,
+                                    "its service takes no request that is sent like this; run: cliproxy.py doctor --live")
                 return
             except ParameterRefused as e:
                 parameter = WIRE_NAMES.get(e.parameter, e.parameter)
@@ -7746,18 +7747,18 @@ class Router:
                 self._log(level="warning", event="step-down-once", provider=name, strategy=strategy.name, why=str(e))
             except FormatChanged as e:
                 failure = e
-                self._step_down(name, strategy, identity, str(e))
+                self._step_down(name, strategy, identity, str(e), RESIDENT_BROKEN if strategy.stays else FOREVER,
+                                "this version of the CLI prints what the rules do not know; run: cliproxy.py doctor --live")
                 if committed:
                     break
         raise Crashed(f"{name} could not be started, or answered in a form that no strategy understands", str(failure or ""),
                       "see `cliproxy.py doctor --live`: this version of the CLI may be newer than what cliproxy was tested with")
 
-    def _step_down(self, name: str, strategy: Strategy, identity: str, why: str) -> None:
-        """Do without a strategy that broke with this very binary, for a while, and say so once."""
+    def _step_down(self, name: str, strategy: Strategy, identity: str, why: str, seconds: float, hint: str) -> None:
+        """Do without a strategy that broke with this very binary, for so long, and say so once."""
         if self._works(name, strategy, identity):
-            self._broken[name, strategy.name] = identity, time.monotonic() + (RESIDENT_BROKEN if strategy.stays else FOREVER)
-            self._log(level="warning", event="step-down", provider=name, strategy=strategy.name, why=why,
-                      hint="this version of the CLI prints what the rules do not know; run: cliproxy.py doctor --live")
+            self._broken[name, strategy.name] = identity, time.monotonic() + seconds
+            self._log(level="warning", event="step-down", provider=name, strategy=strategy.name, why=why, hint=hint)
 
     def _fitting(self, turn: Turn, identity: str) -> List[Strategy]:
         """The strategies that can carry this request, best first, without those that broke with this very binary."""

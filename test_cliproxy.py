@@ -3600,6 +3600,71 @@ def test_claude_is_interrupted_where_it_would_go_on_by_itself(staying):
     eventually("it is interrupted", lambda: '"interrupt"' in proxy.read("claude.heard"))
 
 
+def line_of(proxy, number):
+    """The steps that claude was sent for the number-th prompt, and what its own first line of the user was."""
+    heard = [json.loads(line) for line in proxy.read("claude.heard").splitlines()]
+    ends = [i for i, m in enumerate(heard) if m["type"] == "user" and m.get("shouldQuery") is not False]
+    sent = heard[ends[number - 1] + 1 if number else 0:ends[number] + 1]
+    calls = [m["request"]["subtype"] for m in sent if m["type"] == "control_request"]
+    return calls, sent[-1]["message"]["content"][0]["text"]
+
+
+def test_claude_is_told_anew_only_what_has_changed_and_the_first_words_of_the_user_always(staying):
+    proxy = staying("claude", alone=True)
+    again = ["apply_flag_settings"]
+    proxy.ask("claude", HISTORY)
+    proxy.ask("claude", HISTORY)
+    assert line_of(proxy, 1) == (again, "one")
+    proxy.ask("claude/opus", "other")
+    assert line_of(proxy, 2) == (["apply_flag_settings", "set_model", "apply_flag_settings"], "other")
+    proxy.play("claude", ["begin"], ["fail", "API Error: 529 busy", 529])
+    assert proxy.ask("claude/opus", "other").status == 503
+    assert line_of(proxy, 3) == (again, "other")
+    proxy.play("claude")
+    proxy.ask("claude/opus", "other")
+    assert "set_model" in line_of(proxy, 4)[0], "a turn that failed may have left it in any state"
+
+
+BODY_REFUSED = [["begin"], ["fail", "API Error: 400 messages: not like this", 400]]
+
+
+def test_claude_is_told_the_turns_line_by_line_where_its_service_refuses_them_in_the_body(staying):
+    proxy = staying("claude", alone=True)
+    proxy.play("claude", runs=[BODY_REFUSED, DEFAULT_SCRIPT["steps"]])
+    for number in (1, 2):
+        answered = proxy.ask("claude", HISTORY)
+        assert answered.text == "".join(HELLO) and answered.headers["x-cliproxy-strategy"] == "claude-stream-turns"
+        was = asked(proxy, "claude", number)
+        assert conversation(was) == [("system", "Be kind."), ("user", "one"), ("assistant", "two"), ("user", "three")]
+        assert "messages" not in json.loads(was["settings"]["CLAUDE_CODE_EXTRA_BODY"])
+    assert not proxy.exists("claude.asked.3") and len(proxy.lines("event=step-down")) == 1
+
+
+def test_a_request_that_the_service_of_claude_refuses_in_any_form_is_no_reason_to_step_down(staying):
+    proxy = staying("claude", alone=True)
+    proxy.play("claude", runs=[BODY_REFUSED, BODY_REFUSED, DEFAULT_SCRIPT["steps"], BODY_REFUSED, DEFAULT_SCRIPT["steps"]])
+    assert proxy.ask("claude").error[:2] == (400, "invalid_request_error") and proxy.exists("claude.asked.1")
+    assert proxy.ask("claude").headers["x-cliproxy-strategy"] == "claude-stream"
+    assert proxy.ask("claude").status == 400 and not proxy.exists("claude.asked.4"), "it has answered such requests before"
+    assert not proxy.lines("event=step-down")
+
+
+UNSAID = {**claude_result(False, "x", reason=None)}
+RAN = {"type": "user", "message": {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "root"}]}}
+
+
+@pytest.mark.parametrize("name", ["claude", "jsonl"])
+@pytest.mark.parametrize("end, words", [
+    ([["cut", "Connection to the API was lost (ECONNRESET)"]], "Connection to the API was lost"),
+    ([["line", UNSAID]], "its answer ended without a finish reason"), ([["line", RAN], ["say", ["b"]], ["end"]], "it ran a tool of its own")])
+def test_an_answer_of_claude_that_is_not_whole_or_not_a_models_is_an_error(staying, serve, name, end, words):
+    proxy = staying("claude", alone=True, flags=["--no-continue", *(["--one-shot"] if name == "jsonl" else [])], ready=name == "claude")
+    proxy.play("claude", ["begin"], ["say", ["a "]], *end)
+    frames = proxy.ask("claude", stream=True).frames
+    assert words in frames[-1]["error"]["message"]
+    assert not any(f["choices"][0]["finish_reason"] for f in frames[:-1])
+
+
 def test_a_resident_with_tools_is_refused(staying):
     proxy = staying("claude", alone=True)
     proxy.play("claude", ["begin", "Bash"], ["say", ["a"]], ["end"])
