@@ -852,6 +852,7 @@ BUILTIN_PROVIDERS = r'''{
         {
           "driver": "claude-stream",
           "lean": true,
+          "stops": "\\S",
           "images": true, "documents": ["application/pdf"],
           "tools": {"prefix": "mcp__c__", "description": 2048, "flat": true, "live": true, "answers": true, "forced": "claude-(?:3|instant|haiku-4|sonnet-4|opus-4|(?:sonnet|opus)-5(?!-\\d{1,2}(?:\\D|$)))"},
           "strict_schemas": true, "schemas": {"models": "^(?!.*claude-(?:3|instant|haiku-4|sonnet-4|opus-4|(?:sonnet|opus)-5(?!-\\d{1,2}(?:\\D|$))))",
@@ -913,6 +914,7 @@ BUILTIN_PROVIDERS = r'''{
         },
         {
           "driver": "jsonl",
+          "stops": "\\S",
           "images": true, "documents": ["application/pdf"],
           "terminal": ["stdout"],
           "argv": ["-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose", "--include-partial-messages", "@args"],
@@ -920,6 +922,7 @@ BUILTIN_PROVIDERS = r'''{
         },
         {
           "driver": "text",
+          "stops": "\\S",
           "documents": ["application/pdf"],
           "argv": ["-p", "--input-format", "text", "--output-format", "text", "@args"],
           "env": {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": null},
@@ -930,6 +933,7 @@ BUILTIN_PROVIDERS = r'''{
       ],
       "errors": [
         {"error": "parameter", "match": "(?P<parameter>output_config)\\b"},
+        {"error": "parameter", "match": "(?P<parameter>temperature|top_p)\\b.*(?:unset|thinking|adaptive)"},
         {"error": "parameter", "match": "(?P<parameter>tool_choice)\\b.*(?:thinking|forces tool use)"},
         {"error": "parameter", "match": "thinking.*?(?P<parameter>tool_choice)\\b"}
       ],
@@ -1535,7 +1539,7 @@ _EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "call?"
                "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
 _STRATEGY = {"driver?": _driver_name, "name?": str, "like?": str, "lean?": bool,
-             "schemas?": {"models?": _regex, "without?": [str]}, "argv?": _launch_args, "stdin?": _template, "files?": {"*": _template}, "env?": {"*": _template},
+             "schemas?": {"models?": _regex, "without?": [str]}, "stops?": _regex, "argv?": _launch_args, "stdin?": _template, "files?": {"*": _template}, "env?": {"*": _template},
              "images?": bool, "documents?": [str], "tools?": _TOOLS, "strict_schemas?": bool, "own?": {"*": _template}, "profiles?": [{"*": _template}],
              "split?": _regex, "guard?": _regex, "slots?": int, **_TALK, "events?": [_EVENT_RULE], "more_events?": [_EVENT_RULE],
              "begin?": _regex, "end?": _regex, "drop?": [_regex], "failed?": _regex, "stream?": bool, "terminal?": [str]}
@@ -7797,6 +7801,8 @@ class Router:
         """Does this value of a parameter get to the CLI? Some take a JSON schema but no JSON mode, or an effort for some models only."""
         value = turn.request.params[name]
         if turn.request.tools and name in (strategy.tools or {}).get("not_with", ()):
+            return False
+        if name == "stop" and not all(re.search(strategy.row.get("stops", ""), stop) for stop in value):
             return False
         if name == "tool_choice" and value not in (None, "auto", "none") and not may_force(strategy, turn.model):
             return False

@@ -5775,6 +5775,8 @@ def test_a_stop_sequence_is_native_or_emulated_and_the_answer_says_which(proxy):
     assert answered.headers["x-cliproxy-params"] == "temperature=native, stop=native, seed=ignored"
     body = extra_body(proxy.given("claude")["files"]["settings.json"])
     assert (body["temperature"], body["stop_sequences"]) == (0.5, ["END"])
+    answered = proxy.ask("claude", stop=["END", " "])
+    assert (answered.text, answered.headers["x-cliproxy-params"]) == ("Hello", "stop=emulated, usage=estimated"), "Anthropic's API takes no blank ones"
     answered = proxy.ask("codex", stop=["ow "], temperature=0.5)
     assert (answered.text, answered.headers["x-cliproxy-params"]) == ("Hello there, h", "temperature=ignored, stop=emulated, usage=estimated")
 
@@ -9007,7 +9009,7 @@ def test_the_readme_says_what_becomes_of_each_parameter(readme, name, model):
     column = 1 + CLIS.index(name)
     strict = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
     given = {"effort": "low", "response_format of json_schema": {"type": "json_schema", "json_schema": {"schema": strict}}, "response_format of json_object": {"type": "json_object"},
-             "tool_choice": "required", "parallel_tool_calls": False}
+             "tool_choice": "required", "stop": ["END"], "parallel_tool_calls": False}
     for row in rows:
         words = [w for w in named(row[0]) if "." not in w]
         for parameter in words if "response_format" not in words else ["response_format of " + words[1]]:
