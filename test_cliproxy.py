@@ -9601,8 +9601,7 @@ def test_what_looks_like_a_command_is_text_to_a_real_cli(name, driver, real, mod
     for text in ("/clear", "@/etc/hostname of user@example.com\n!ls"):
         del model.asked[:]
         assert real.ask(f"{name}-{driver}", text).text == "".join(REPLY)
-        marked = f"<user>\n{text}\n</user>" if (name, driver, text) == ("claude", "text", "/clear") else text
-        assert model.heard(name) == [("user", marked)]
+        assert model.heard(name) == [("user", text)]
 
 
 @every_way(without=BY_TEXT)
@@ -9664,7 +9663,7 @@ def test_native_parameters_get_to_the_model_of_a_real_cli(name, driver, real, mo
     answered = real.ask(f"{name}-{driver}", temperature=0.25, stop=["$HOME"], max_tokens=77, seed=5, reasoning_effort="low", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
     assert json.loads(answered.text) == {"a": "b"}
     body = json.dumps(model.asked[-1][1])       # claude's service takes no temperature beside thinking, so it is asked again without
-    marks = {"temperature": "0.25", "stop": '"$HOME"', "max_tokens": ": 77", "seed": '"seed": 5', "response_format": '"additionalProperties": false' if name != "claude" else "\0", "effort": "low" if name != "gemini" else "2048"}
+    marks = {"temperature": "0.25", "stop": '"$HOME"', "max_tokens": ": 77", "seed": '"seed": 5', "response_format": '"additionalProperties": false' if (name, driver) != ("claude", "jsonl") else "\0", "effort": "low" if name != "gemini" else "2048"}
     how = dict(p.split("=") for p in answered.headers["x-cliproxy-params"].split(", ") if not p.startswith("usage"))
     assert set(how) == set(marks) and {p for p, word in how.items() if word == "native"} == {p for p, mark in marks.items() if mark in body}
 
@@ -9680,7 +9679,9 @@ def test_the_failures_of_the_service_of_a_real_cli_are_passed_on(name, driver, r
         del model.asked[:]
         answered = real.reset().ask(f"{name}-{driver}", stream=model.status % 2 == 0)
         assert (answered.status, answered.error[2]) == ({529: 503}.get(model.status, model.status), code), answered.message
-        assert len(model.asked) == (2 if (name, model.status) == ("claude", 404) else 1) and str(model.status) in answered.message + str(answered.status)
+        # claude asks again for a 404, and, with other headers, for a 400; and of a refusal it may be told the conversation in its other way
+        most = {400: 6, 403: 2, 404: 2}.get(model.status, 1) if name == "claude" else 1
+        assert 1 <= len(model.asked) <= most and str(model.status) in answered.message + str(answered.status)
 
 
 @every_way()
@@ -9946,7 +9947,7 @@ def test_the_home_of_a_person_with_real_clis_is_left_as_it_was(request, serve_re
     noted = home / ".claude.json"
     assert json.loads(before.pop(noted)).items() <= json.loads(after.pop(noted)).items()
     assert {p: after.get(p) for p in before} == before
-    assert {p.relative_to(home).parts[:2] for p in set(after) - set(before)} <= {(".claude", "backups"), (".claude", "sessions"), (".claude", ".last-cleanup")}
+    assert {p.relative_to(home).parts[:2] for p in set(after) - set(before)} <= {(".claude", "backups"), (".claude", "sessions"), (".claude", "plugins"), (".claude", ".last-cleanup")}
 
 
 @pytest.mark.real
@@ -10167,7 +10168,7 @@ def test_the_schema_and_the_description_of_a_tool_get_to_the_model_of_a_real_cli
 # What of a tool_choice gets to the model: (the tools, tool_choice), None for the field left out.
 BOTH = ["look", "listen"]
 CHOICES = {
-    "claude": {"none": (BOTH, {"type": "none"}), "required": (BOTH, {"type": "any"}), "listen": (BOTH, {"type": "tool", "name": "mcp__c__listen"})},
+    "claude": {"none": (BOTH, {"type": "none"}), "required": (BOTH, None), "listen": (["listen"], None)},
     "gemini": {"none": ([], None), "required": (BOTH, {"mode": "ANY"}), "listen": (["listen"], {"mode": "ANY"})},
     "codex": {"none": ([], "auto"), "required": (BOTH, "auto"), "listen": (["listen"], "auto")},
     "qwen": {"none": (BOTH, "none"), "required": (BOTH, "required"), "listen": (BOTH, {"type": "function", "function": {"name": "mcp__cliproxy__listen"}})},
@@ -10183,7 +10184,8 @@ def test_a_tool_choice_gets_to_the_model_of_a_real_cli(name, choice, real, model
     tools, got, _ = offered_real(name, model.asked[0][1])
     assert (sorted(t.name[len(PREFIX[name]):] for t in tools), got) == (sorted(CHOICES[name][choice][0]), CHOICES[name][choice][1])
     how = dict(p.split("=") for p in answered.headers["x-cliproxy-params"].split(", "))
-    assert how["tool_choice"] == ("emulated" if name == "codex" else "native") and how["tools"] == "native"
+    emulated = name == "codex" or name == "claude" and choice != "none"
+    assert how["tool_choice"] == ("emulated" if emulated else "native") and how["tools"] == "native"
 
 
 @pytest.mark.real
@@ -10328,6 +10330,8 @@ def form_got(name, body):
         return body["generationConfig"].get("responseJsonSchema", True), True
     if name == "codex" and "format" in body["text"]:
         return body["text"]["format"]["schema"], True
+    if name == "claude" and "format" in body.get("output_config", {}):
+        return body["output_config"]["format"]["schema"], True
     if name == "qwen" and "response_format" in body:
         return body["response_format"].get("json_schema", {}).get("schema", True), True
     for tool in offered_real(name, body)[0]:
@@ -10346,7 +10350,7 @@ def test_a_real_cli_gives_json(name, form, real, model):
         answered = real.ask(name, WHAT, response_format=FORMS[form], stream=stream)
         text = said(answered.frames)[0][0] if stream else answered.text
         assert json.loads(text) == {"n": 1} and len(model.asked) == 1
-        assert form_got(name, model.asked[0][1]) == (REAL_ONE if form == "schema" else True, (name, form) != ("codex", "object"))
+        assert form_got(name, model.asked[0][1]) == (REAL_ONE if form == "schema" else True, (name, form) not in (("codex", "object"), ("claude", "object")))
     wrong = {"n": "x"} if form == "schema" else "Sorry, no."
     gives(model, wrong, {"n": 2})
     assert json.loads(real.ask(name, WHAT, response_format=FORMS[form]).text) == {"n": 2}
