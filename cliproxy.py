@@ -3195,7 +3195,10 @@ def anthropic_messages(messages: Sequence[Message], kept: Kept = nothing_kept) -
         blocks: List[Dict[str, Any]] = reasoning_of(m, kept)
         for p in m.parts:
             if isinstance(p, TextPart):
-                blocks.append({"type": "text", "text": p.text})
+                if blocks and blocks[-1]["type"] == "text" and not (p.text.strip() and blocks[-1]["text"].strip()):
+                    blocks[-1]["text"] += p.text        # none may be blank, and none of the words' spaces be lost
+                else:
+                    blocks.append({"type": "text", "text": p.text})
             elif isinstance(p, MediaPart):
                 source = {"type": "base64", "media_type": p.mime, "data": p.data}
                 blocks.append({"type": "image", "source": source} if isinstance(p, ImagePart) else
@@ -3204,7 +3207,8 @@ def anthropic_messages(messages: Sequence[Message], kept: Kept = nothing_kept) -
                 blocks.append({"type": "tool_use", "id": p.id, "name": p.name, "input": arguments_of(p)})
             else:
                 blocks.append({"type": "tool_result", "tool_use_id": p.id, "content": p.text})
-        if m.role == "system" or all(b["type"] == "text" and not b["text"].strip() for b in blocks):
+        blocks = [b for b in blocks if b["type"] != "text" or b["text"].strip()]
+        if m.role == "system" or not blocks:
             continue
         role = "assistant" if m.role == "assistant" else "user"
         if out and out[-1]["role"] == role:
@@ -7937,6 +7941,8 @@ class Router:
         seen = next((i + 1 for i in range(len(messages) - 1, -1, -1) if messages[i].role == "assistant"), 0)
         going_on = Variables(turn, strategy, "", self._around(turn.provider), seen)
         anew = going_on if not seen else Variables(turn, strategy, "", self._around(turn.provider))
+        if "ends" in row and anew.lookup("first", "") is MISSING:       # claude answers nothing to a line without text, and never says so
+            raise BadRequest(f"{turn.provider.name} needs a message with words or an image", "there is none in this conversation", param="messages")
         fits = lambda v: not row.get("plain_only") or v.lookup("plain", "") is not MISSING        # noqa: E731
         key = conversation_key(turn, messages[:seen]) if 0 < seen < len(messages) and fits(going_on) else ""
         spare_for = fill(row.get("resident", {}).get("spare_for", ""), anew.lookup) if fits(anew) and not turn.request.tools else None

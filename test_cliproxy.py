@@ -3610,7 +3610,8 @@ def line_of(proxy, number):
 
 
 def test_claude_is_told_anew_only_what_has_changed_and_the_first_words_of_the_user_always(staying):
-    proxy = staying("claude", alone=True)
+    ways = [cliproxy.merged(way, {"resident": {"warm": 0}}) for way in BUILTIN["providers"]["claude"]["strategies"][:1]]
+    proxy = staying("claude", ready=False, row={"strategies": ways})     # one process, so that all is said to the same
     again = ["apply_flag_settings"]
     proxy.ask("claude", HISTORY)
     proxy.ask("claude", HISTORY)
@@ -3623,6 +3624,13 @@ def test_claude_is_told_anew_only_what_has_changed_and_the_first_words_of_the_us
     proxy.play("claude")
     proxy.ask("claude/opus", "other")
     assert "set_model" in line_of(proxy, 4)[0], "a turn that failed may have left it in any state"
+
+
+@pytest.mark.parametrize("content", [None, " ", [{"type": "text", "text": "\n"}]])
+def test_a_conversation_without_a_word_is_refused_before_claude_hears_of_it(staying, content):
+    proxy = staying("claude", alone=True)
+    answered = proxy.ask("claude", [{"role": "system", "content": "Be kind."}, {"role": "user", "content": content}])
+    assert answered.error == (400, "invalid_request_error", "invalid_value", "messages") and not proxy.exists("claude.asked.0")
 
 
 BODY_REFUSED = [["begin"], ["fail", "API Error: 400 messages: not like this", 400]]
