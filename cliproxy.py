@@ -707,7 +707,8 @@ BUILTIN_PROVIDERS = r'''{
             "cached": "params.update._meta.usage.cachedReadTokens", "reasoning": "params.update._meta.usage.thoughtTokens"}},
           {"if": {"params.update.sessionUpdate": "agent_message_chunk"}, "text": "params.update.content.text"},
           {"if": {"params.update.sessionUpdate": "agent_thought_chunk"}, "thinking": "params.update.content.text"},
-          {"if": {"method": "session/request_permission"}, "reject": "params.options"},
+          {"if": {"method": "session/request_permission"}, "own_tool": "params.toolCall._meta.toolName", "reject": "params.options"},
+          {"if": {"params.update.sessionUpdate": ["tool_call", "tool_call_update"]}, "own_tool": "params.update._meta.toolName"},
           {"if": {"method": "session/update"}, "skip": true},
           {"if": {"result._meta.quota.model_usage": [[]], "result.stopReason": "end_turn"}, "error": {"words": "its answer ended without a finish reason"}},
           {"if": {"result.stopReason": "max_tokens", "result._meta.quota.token_count.output_tokens": 0}, "error": {"words": "the prompt is too long"}},
@@ -727,7 +728,7 @@ BUILTIN_PROVIDERS = r'''{
     "hedge_ms": 0,
     "errors": [
       {"error": "parameter", "match": "^(?=.*(?:unsupported|not support|may only be set|cannot both be|not allowed|deprecated)).*?\\b(?P<parameter>temperature|top_p|seed|stop_sequences|presence_penalty|frequency_penalty|reasoning_effort|response_format|logit_bias)\\b"},
-      {"error": "not_logged_in", "match": "not logged in|please run /login|no auth type is selected|please set an auth method|missing api key|missing environment variable|authorization is required|specify the GEMINI_API_KEY"},
+      {"error": "not_logged_in", "match": "not logged in|please run /login|authentication (?:is )?required|no auth type is selected|please set an auth method|missing api key|missing environment variable|authorization is required|specify the GEMINI_API_KEY"},
       {"error": "context_length", "match": "prompt is too long|context_length_exceeded|maximum context length|input token count|ran out of room in the model's context window|input exceeds the maximum length|request too large|range of input length"},
       {"error": "model_not_found", "match": "issue with the selected model|is not found for api version|model_not_found|model .{1,80} does not exist|model .{1,80} not found"},
       {"error": "billing", "match": "credit balance|insufficient_quota|quota exceeded\\. check your plan|to use codex with your chatgpt plan|extra usage|billing|payment required"},
@@ -1085,7 +1086,8 @@ BUILTIN_PROVIDERS = r'''{
             {"if": {"type": "result", "@held": {"exists": true}}, "usage": {"input": "stats.input_tokens", "output": "stats.output_tokens", "cached": "stats.cached"}, "done": "stop", "drop_held": true},
             {"if": {"type": "result", "status": "success"}, "usage": {"input": "stats.input_tokens", "output": "stats.output_tokens", "cached": "stats.cached"}, "done": "stop"},
             {"if": {"type": "result"}, "error": {"message": "error.message"}},
-            {"if": {"type": ["init", "message", "tool_use", "tool_result"]}, "skip": true}
+            {"if": {"type": ["tool_use", "tool_result"]}, "own_tool": "tool_name"},
+            {"if": {"type": ["init", "message"]}, "skip": true}
           ]
         },
         {
@@ -1267,28 +1269,29 @@ BUILTIN_PROVIDERS = r'''{
       "title": "Qwen Code, by Alibaba",
       "binary": "qwen",
       "install": "npm install -g @qwen-code/qwen-code",
-      "login": "run \"qwen auth\", or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL",
-      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.15.0", "0.15.999"], "pinned": "0.15.10"},
+      "login": "run \"qwen\" and type /auth, or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL",
+      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.24.0", "0.24.12"], "pinned": "0.24.4"},
       "home": ["~/.qwen"],
       "leak_test": {"env": {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_KEY": "none", "OPENAI_MODEL": "leak-test"},
                     "files": {".qwen/settings.json": "{\"$version\": 4, \"security\": {\"auth\": {\"selectedType\": \"openai\"}}}"}},
-      "logged_in": [{"env": ["OPENAI_API_KEY", "DASHSCOPE_API_KEY"]}, {"file": "~/.qwen/oauth_creds.json"}, {"file": "~/.qwen/.env", "match": "API_KEY\\s*="},
+      "logged_in": [{"env": ["OPENAI_API_KEY", "DASHSCOPE_API_KEY", "BAILIAN_CODING_PLAN_API_KEY", "BAILIAN_TOKEN_PLAN_API_KEY"]}, {"file": "~/.qwen/oauth_creds.json"}, {"file": "~/.qwen/.env", "match": "API_KEY\\s*="},
                     {"file": "~/.qwen/settings.json", "match": "\"(apiKey|envKey)\"\\s*:\\s*\"[^\"]"}],
       "models": {
         "default": "",
-        "names": ["qwen3-coder-plus", "qwen3-coder-flash"],
+        "names": ["qwen3.8-max", "qwen3.8-flash", "qwen3.7-max", "qwen3.7-plus", "qwen3.6-plus", "qwen3.5-plus", "qwen3-coder-plus", "qwen3-coder-next"],
         "aliases": {"coder": "qwen3-coder-plus"},
         "also": "qwen*"
       },
       "context": {"*": 256000, "qwen3-coder-*": 1000000},
       "env": {
-        "pass": ["OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL", "DASHSCOPE_API_KEY", "QWEN_DEFAULT_AUTH_TYPE"],
+        "pass": ["OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL", "DASHSCOPE_API_KEY", "BAILIAN_*", "QWEN_DEFAULT_AUTH_TYPE"],
         "set": {
           "QWEN_HOME": "{dir}/home",
           "QWEN_RUNTIME_DIR": "{dir}/run",
           "QWEN_CODE_SYSTEM_SETTINGS_PATH": "{file:settings.json}",
           "QWEN_SYSTEM_MD": "{file:system.md}",
           "QWEN_CODE_NO_RELAUNCH": "1",
+          "QWEN_CODE_LEGACY_MCP_BLOCKING": "1",
           "NO_PROXY": "127.0.0.1,localhost,{env:NO_PROXY|},{env:no_proxy|}",
           "no_proxy": "127.0.0.1,localhost,{env:NO_PROXY|},{env:no_proxy|}",
           "QWEN_CODE_MAX_OUTPUT_TOKENS": "32000",
@@ -1311,25 +1314,32 @@ BUILTIN_PROVIDERS = r'''{
         "settings.json": {"escape": {"$": "${CLIPROXY_DOLLAR}"}, "spread": {"what": "model.generationConfig", "over": "modelProviders.openai"}, "json": {
           "$version": 4,
           "modelProviders": {"if": "messages:openai", "is": "{found:model_providers}"},
-          "general": {"enableAutoUpdate": false, "chatRecording": false},
-          "privacy": {"usageStatisticsEnabled": false}, "telemetry": {"enabled": false},
+          "general": {"enableAutoUpdate": false, "chatRecording": false, "preventSystemSleep": false},
+          "privacy": {"usageStatisticsEnabled": false}, "telemetry": {"enabled": false}, "ui": {"enableFollowupSuggestions": false},
+          "skills": {"disabledLevels": ["project", "user", "extension", "bundled"]}, "agents": {"crossSessionMessaging": false},
+          "experimental": {"cron": false, "artifact": false}, "tools": {"approvalMode": "default", "useRipgrep": false, "toolSearch": {"enabled": false}},
           "memory": {"enableManagedAutoMemory": false, "enableManagedAutoDream": false, "enableAutoSkill": false},
           "model": {"skipStartupContext": true, "skipNextSpeakerCheck": true, "skipLoopDetection": true,
                     "chatCompression": {"contextPercentageThreshold": 0},
-                    "generationConfig": {"if": "messages:openai", "is": {"maxRetries": 0, "customHeaders": {"x-cliproxy-hop": "{hop}"},
+                    "generationConfig": {"if": "messages:openai", "is": {"maxRetries": 0, "contextWindowSize": 1000000000, "customHeaders": {"x-cliproxy-hop": "{hop}"},
                       "extra_body": {"messages": "{messages:openai}", "temperature": "{temperature}", "top_p": "{top_p}", "max_tokens": "{max_tokens}",
                                      "stop": "{stop}", "seed": "{seed}", "presence_penalty": "{presence_penalty}", "frequency_penalty": "{frequency_penalty}",
                                      "response_format": "{response_format}", "reasoning_effort": "{effort}", "logit_bias": "{logit_bias}"}}}},
-          "context": {"fileName": ".cliproxy-no-context-file"}, "ide": {"enabled": false}, "disableAllHooks": true,
+          "context": {"fileName": ".cliproxy-no-context-file", "autoCompactThreshold": 1}, "ide": {"enabled": false}, "disableAllHooks": true,
           "mcp": {"allowed": ["cliproxy"]},
-          "permissions": {"deny": ["tool_search", "agent", "task_stop", "send_message", "skill", "list_directory", "read_file", "grep_search",
-            "glob", "edit", "write_file", "run_shell_command", "todo_write", "ask_user_question", "exit_plan_mode", "web_fetch", "lsp",
-            "cron_create", "cron_list", "cron_delete", "monitor", "save_memory"]}
+          "permissions": {"deny": ["exec", "edit", "write_file", "read_file", "zoom_image", "grep_search", "glob", "run_shell_command", "todo_write",
+            "save_memory", "agent", "skill", "exit_plan_mode", "enter_plan_mode", "web_fetch", "web_search", "image_gen",
+            "list_directory", "lsp", "ask_user_question", "cron_create", "cron_list", "cron_delete", "loop_wakeup",
+            "create_sub_session", "list_agents", "task_stop", "task_create", "task_update", "task_list", "team_create",
+            "team_delete", "team_plan_approval", "request_shutdown", "send_message", "monitor", "notebook_edit", "tool_call",
+            "tool_search", "read_mcp_resource", "enter_worktree", "exit_worktree", "workflow", "artifact", "record_artifact",
+            "record_source", "report_findings", "get_goal", "update_goal", "propose_goal", "display_image",
+            "omni_recall_media_memory"]}
         }}
       },
       "args": ["--extensions=none", ["-m", "{model}"]],
-      "watch": {"files": "run/debug/*.txt", "match": "\\[RETRY\\] Attempt 1 failed with status \\d+[^\\n]*Error: (?P<message>(?P<status>\\d{3})[^\\n]*)",
-                "again": "Invalid stream \\[NO_FINISH_REASON\\]"},
+      "watch": {"files": "run/debug/*.txt", "match": "\\[OPENAI_ERROR\\] OpenAI API Error: (?P<message>(?P<status>\\d{3})?[^\\n{]*)",
+                "again": "Invalid stream \\[NO_FINISH_REASON\\]|Transport stream continuation scheduled"},
       "strategies": [
         {
           "driver": "acp",
@@ -1338,15 +1348,17 @@ BUILTIN_PROVIDERS = r'''{
           "argv": ["--acp", "--extensions=none"],
           "resident": {"turns": 500, "live": 0},
           "more_events": [
-            {"if": {"method": "session/request_permission", "@tools": true}, "call": {"id": "params.toolCall.toolCallId", "name": {"path": "params.options.0.name", "match": ": (.*)$"},
-              "arguments": "params.toolCall.rawInput"}, "cancel": true, "reply": {"outcome": {"outcome": "cancelled"}}},
+            {"if": {"method": "session/request_permission", "@tools": true}, "own_tool": "params.toolCall._meta.toolName", "call": {"id": "params.toolCall.toolCallId", "name": "params.toolCall._meta.toolName",
+              "arguments": "params.toolCall.rawInput"}, "reply": {"outcome": {"outcome": "selected", "optionId": "cancel"}}},
+            {"if": {"params.update.sessionUpdate": "tool_call_update", "params.update.status": "pending", "params.update._meta.provenance": "mcp", "@tools": true},
+             "own_tool": "params.update._meta.toolName", "call": {"id": "params.update.toolCallId", "name": "params.update._meta.toolName", "arguments": "params.update.rawInput"}},
             {"if": {"params.update.sessionUpdate": "tool_call_update", "params.update.status": "failed", "@tools": true, "@calls": false},
              "error": {"words": "its model called a tool that it does not have, or with arguments that are no object"}},
-            {"if": {"result.stopReason": "cancelled", "@calls": true}, "done": "tool_calls"}],
+            {"if": {"result.stopReason": ["end_turn", "cancelled"], "@calls": true}, "done": "tool_calls"}],
           "open": [
             {"if": "tools", "serve": "tools:bare"},
             {"files": {"s/{short}/.qwen/output-language.md": "", "s/{short}/.qwen/settings.json": {"escape": {"$": "${CLIPROXY_DOLLAR}"}, "spread": {"what": "model.generationConfig", "over": "modelProviders.openai"}, "json": {
-              "$version": 4, "modelProviders": "{found:model_providers}", "model": {"name": "{model}", "generationConfig": {"maxRetries": 0, "customHeaders": {"x-cliproxy-hop": "{hop}"},
+              "$version": 4, "modelProviders": "{found:model_providers}", "model": {"name": "{model}", "generationConfig": {"maxRetries": 0, "contextWindowSize": 1000000000, "customHeaders": {"x-cliproxy-hop": "{hop}"},
                 "extra_body": {"messages": "{messages:openai}", "temperature": "{temperature}", "top_p": "{top_p}", "max_tokens": "{max_tokens}",
                   "stop": "{stop}", "seed": "{seed}", "presence_penalty": "{presence_penalty}", "frequency_penalty": "{frequency_penalty}",
                   "response_format": "{response_format}", "reasoning_effort": "{effort}", "logit_bias": "{logit_bias}",
@@ -1368,6 +1380,7 @@ BUILTIN_PROVIDERS = r'''{
             {"if": {"event.delta.type": "text_delta"}, "text": "event.delta.text"},
             {"if": {"event.delta.type": "thinking_delta"}, "thinking": "event.delta.thinking"},
             {"if": {"type": "system", "subtype": "init"}, "must_be_empty": "tools"},
+            {"if": {"event.content_block.type": "tool_use"}, "own_tool": "event.content_block.name"},
             {"if": {"type": "result", "is_error": true}, "error": {"message": "error.message"}},
             {"if": {"type": "result", "@held": {"match": "Model stream ended with empty response text"}}, "usage": {"input": "usage.input_tokens", "output": "usage.output_tokens"}, "done": "stop", "drop_held": true},
             {"if": {"type": "result", "@held": {"exists": true}, "usage.output_tokens": 0}, "error": {"message": "@held"}},
@@ -1386,7 +1399,7 @@ BUILTIN_PROVIDERS = r'''{
         }
       ],
       "errors": [
-        {"error": "not_logged_in", "match": "qwen oauth"},
+        {"error": "not_logged_in", "match": "qwen oauth|use qwen code cli to authenticate"},
         {"error": "invalid_answer", "match": "^its model called a tool"}
       ],
       "status": "(?m)^\\[API Error: (\\d{3})\\b|^(\\d{3})\\b",
@@ -1535,7 +1548,7 @@ _TOOLS = {"prefix?": str, "longest?": int, "description?": int, "reserved?": _re
           "not_with?": [str], "answers?": bool, "forced?": _regex}
 _EVENT_RULE = {"if": {"*": _event_test}, "text?": str, "thinking?": str, "call?": _CALL, "keep?": str, "hold?": str, "done?": str, "kill?": bool, "drop_held?": bool,
                "reply?": _template, "reply_after?": {"*": _event_test}, "late?": bool, "cancel?": bool, "reject?": str, "skip?": bool,
-               "must_be_empty?": str, "reset?": str, "limits?": [{"window": str, "used?": _path_or_number, "part?": str, "resets?": str}],
+               "must_be_empty?": str, "own_tool?": str, "reset?": str, "limits?": [{"window": str, "used?": _path_or_number, "part?": str, "resets?": str}],
                "error?": {"message?": _field_paths, "status?": _field_paths, "kind?": _field_paths, "words?": str},
                "usage?": {"input?": _template, "output?": _template, "cached?": _template, "reasoning?": _template}}
 _STRATEGY = {"driver?": _driver_name, "name?": str, "like?": str, "lean?": bool,
@@ -1670,7 +1683,7 @@ class EventRule(LineTest):
     def __init__(self, row: Mapping[str, Any]):
         super().__init__(row["if"])
         self.row = row
-        self.paths = {k: tuple(row[k].split(".")) for k in ("text", "thinking", "keep", "hold", "must_be_empty", "reset", "reject") if k in row}
+        self.paths = {k: tuple(row[k].split(".")) for k in ("text", "thinking", "keep", "hold", "must_be_empty", "own_tool", "reset", "reject") if k in row}
         self._call = {k: v if isinstance(v, dict) else {"path": v} for k, v in row.get("call", {}).items() if k not in ("without", "served")}
         self.usage = {k: [tuple(p.split(".")) for p in ([v] if isinstance(v, str) else v)] for k, v in row.get("usage", {}).items()}
         self.error = {k: [tuple(p.split(".")) for p in ([v] if isinstance(v, str) else v)] for k, v in row.get("error", {}).items() if k != "words"}
@@ -3856,6 +3869,8 @@ class RuleReader:
             raise self._reported(rule, line)
         if "must_be_empty" in paths:
             self._check_tools(dig(line, paths["must_be_empty"]))
+        if "own_tool" in paths:
+            self._check_call(dig(line, paths["own_tool"]))
         if "reset" in paths:
             at = dig(line, paths["reset"])
             self._reset = max(0.0, float(at) - time.time()) if isinstance(at, (int, float)) else None
@@ -3906,6 +3921,16 @@ class RuleReader:
         missing = [name[len(prefix or ""):] for name in self._wanted if name not in (listed or ())]
         if missing:
             raise Unfit(f"{self._provider.name} does not take all of the `tools`", f"it leaves out {', '.join(missing)}", "look at their schemas, or use another model", param="tools")
+
+    def _check_call(self, name: Any) -> None:
+        """Raise an error if the CLI makes ready to run a tool that the request did not bring. A call without a name may be one
+        of the client's, if it has given any."""
+        if name in self._wanted or self._wanted and not isinstance(name, str):
+            return
+        called = f"the tool {_show(name)}" if isinstance(name, str) else "a tool"
+        raise InvalidAnswer(f"the answer of {self._provider.name} cannot be used",
+                            f"its model called {called}, which the request did not bring",
+                            "try again; `cliproxy.py doctor --leaks` tells whether the CLI has tools of its own switched on")
 
     @staticmethod
     def _count(line: Mapping[str, Any], where: Sequence[Sequence[str]]) -> Optional[int]:
@@ -4026,7 +4051,7 @@ class FileWatch:
                 raise broke_off(self._provider)
             m = self._pattern.search(text) if self._pattern else None
             if m:
-                error = classify(self._provider, m.group("message"), int(m.group("status")))
+                error = classify(self._provider, m.group("message"), int(m.group("status") or 0))
                 raise error or ProviderError(f"{self._provider.name} failed", m.group("message"), ProviderError.advice)
 
 
@@ -4364,10 +4389,10 @@ class Resident:
     def _read_lines(self, child: Child, scope: Scope) -> None:
         buffer, watch = [], LogWatch(self)      # type: Tuple[List[bytes], LogWatch]
         for data in child.output(scope, watch.every):
+            with contextlib.suppress(OSError):      # no descriptor now: the next look reads it
+                watch.look_when_due()
             if not data:
                 scope.silent()
-                with contextlib.suppress(OSError):      # no descriptor now: the next look reads it
-                    watch.look()
                 continue
             *lines, rest = data.split(b"\n")
             if lines:
@@ -4423,43 +4448,84 @@ class Resident:
 
 
 class LogWatch:
-    """FileWatch for a resident: its log names no conversation, so a failure in it is given to the turn that can only be meant."""
+    """FileWatch for a resident.
+
+    A log that is named for a conversation (NAME.txt) tells of that one. What any other log tells is given to the turn that can
+    only be meant."""
 
     def __init__(self, resident: Resident):
         row = resident.provider.row.get("watch", {})
         self._resident = resident
         self._pattern, self._again = (re.compile(row[k].encode()) if k in row else None for k in ("match", "again"))
-        self._files, self._read = row.get("files", ""), {}      # type: Tuple[str, Dict[str, int]]
+        self._files = row.get("files", "")
+        self._read: Dict[str, int] = {}     # path -> bytes of it that have been read
+        self._looked = 0.0
 
     def every(self) -> Optional[float]:
+        """Seconds between two looks; None while nothing can be found."""
         busy = list(self._resident.busy) if self._pattern else []
         return WATCH_EVERY if any(c.mute for c in busy) else WATCH_ON if busy and self._again else None
 
+    def look_when_due(self) -> None:
+        """Look if it is time. Called for each piece of output, because one conversation may talk while another has failed."""
+        every = self.every()
+        if every is not None and time.monotonic() - self._looked >= every:
+            self.look()
+
     def look(self) -> None:
-        """Read what is new in the log, and tell the turns that have not begun to answer once it is clear which have failed."""
+        """Read what is new in the logs, and tell the turns of it that have not begun to answer, or whose answer broke off."""
         if not self._pattern:
             return
-        paths = sorted(glob.glob(os.path.join(self._resident.place, self._files)), key=os.path.getmtime)
-        for path in paths[:-2]:             # a CLI that writes a log for each conversation writes to the newest only
-            os.unlink(path)
-            self._read.pop(path, None)
-        for path in paths[-2:]:
-            with open(path, "rb") as f:
-                f.seek(self._read.get(path, 0))
-                data = f.read()
-            whole = data[:data.rfind(b"\n") + 1]
-            self._read[path] = self._read.get(path, 0) + len(whole)
-            self._resident.failures.extend({"status": int(m.group("status")), "message": m.group("message").decode("utf-8", "replace")}
-                                           for m in self._pattern.finditer(whole))
-            if self._again and self._again.search(whole) and len(self._resident.busy) == 1:     # of several it does not say whose it was
-                for conversation in list(self._resident.busy):
-                    conversation.box.put({"@log": None}, 0)
+        self._looked = time.monotonic()
+        busy = list(self._resident.busy)
+        owners = {conversation.values.get("session"): conversation for conversation in busy}
+        for name, path in self._logs(owners):
+            data = self._news(path)
+            failures = [{"status": int(m.group("status") or 0), "message": m.group("message").decode("utf-8", "replace")}
+                        for m in self._pattern.finditer(data)]
+            again = self._again is not None and self._again.search(data) is not None
+            if name in owners:
+                self._tell(owners[name], failures, again)
+                continue
+            self._resident.failures.extend(failures)
+            if again and len(busy) == 1:    # of several it does not say whose it was
+                busy[0].box.put({"@log": None}, 0)
         mute = [c for c in list(self._resident.busy) if c.mute]
         if len(self._resident.failures) >= len(mute):
             for conversation in mute:
                 conversation.mute = False
                 conversation.box.put({"@log": self._resident.failures.popleft()}, 0)
             self._resident.failures.clear()
+
+    @staticmethod
+    def _tell(conversation: Conversation, failures: Sequence[Mapping[str, Any]], again: bool) -> None:
+        if again:
+            conversation.box.put({"@log": None}, 0)
+        elif failures and conversation.mute:
+            conversation.mute = False
+            conversation.box.put({"@log": failures[0]}, 0)
+
+    def _logs(self, owners: Mapping[Any, Any]) -> List[Tuple[str, str]]:
+        """(name, path) of each log, the oldest first. Those of conversations that have ended are removed, but for the last two."""
+        paths = sorted(glob.glob(os.path.join(self._resident.place, self._files)), key=os.path.getmtime)
+        named = [(os.path.basename(path).partition(".")[0], path) for path in paths]
+        kept = []
+        for at, (name, path) in enumerate(named):
+            if name in owners or at >= len(named) - 2:
+                kept.append((name, path))
+            else:
+                os.unlink(path)
+                self._read.pop(path, None)
+        return kept
+
+    def _news(self, path: str) -> bytes:
+        """The whole lines of a log that have not been read yet."""
+        with open(path, "rb") as f:
+            f.seek(self._read.get(path, 0))
+            data = f.read()
+        whole = data[:data.rfind(b"\n") + 1]
+        self._read[path] = self._read.get(path, 0) + len(whole)
+        return whole
 
 
 class Talk(RuleReader):

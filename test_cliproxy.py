@@ -15,9 +15,9 @@ import sys
 
 # === The fake CLI ====================================================================================================
 # Above every other import, because it is started for each request. A script is a list of steps; what `say`, `think`, `end`
-# and `fail` print is what the CLI of that name prints (claude 2.1.332, gemini 0.61.0, codex 0.169.0, qwen 0.15.10).
+# and `fail` print is what the CLI of that name prints (claude 2.1.332, gemini 0.61.0, codex 0.169.0, qwen 0.24.4).
 
-VERSIONS = {"claude": "2.1.332 (Claude Code)", "gemini": "0.61.0", "codex": "codex-cli 0.169.0", "qwen": "0.15.10"}
+VERSIONS = {"claude": "2.1.332 (Claude Code)", "gemini": "0.61.0", "codex": "codex-cli 0.169.0", "qwen": "0.24.4"}
 HELLO = ["Hello ", "there, ", "how ", "can ", "I ", "help?"]
 DEFAULT_SCRIPT = {"steps": [["begin"], ["say", HELLO], ["end"]]}
 ZERO = {"input_tokens": 0, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}
@@ -336,7 +336,7 @@ class Agent:
 
 
 class AcpAgent(Agent):
-    """The Agent Client Protocol as gemini 0.61.0 and qwen 0.15.10 speak it."""
+    """The Agent Client Protocol as gemini 0.61.0 and qwen 0.24.4 speak it."""
 
     @property
     def prefix(self):
@@ -439,7 +439,7 @@ class AcpAgent(Agent):
             message, code = stage.failed
             error = {"code": code, "message": message} if self.kind == "gemini" else {"code": -32603, "message": "Internal error", "data": {"details": message}}
             return self.say({"jsonrpc": "2.0", "id": number, "error": error})
-        result = {"stopReason": "cancelled" if stage.cancelled.is_set() else "max_turn_requests" if stage.calls else "end_turn"}
+        result = {"stopReason": "cancelled" if stage.cancelled.is_set() else "max_turn_requests" if stage.calls and self.kind == "gemini" else "end_turn"}
         if self.kind == "gemini" and not stage.cancelled.is_set():
             result["_meta"] = {"quota": {"token_count": {"input_tokens": 72, "output_tokens": 6}, "model_usage": [{"model": "m"}] if stage.ended else []}}
             self.sessions[session]["messages"].append(["assistant", "".join(stage.said)])
@@ -452,23 +452,40 @@ class AcpAgent(Agent):
                 "sessionUpdate": "tool_call" if status == "in_progress" else "tool_call_update", "toolCallId": id, "status": status, "title": f"{name} (c MCP Server)",
                 "content": [{"type": "content", "content": {"type": "text", "text": words}}], "locations": [], "kind": "other"}}}
 
-        def permission(id, name, arguments):
-            options = [{"optionId": "proceed_always_project", "name": "Always Allow in project: " + name, "kind": "allow_always"}, {"optionId": "proceed_once", "name": "Allow", "kind": "allow_once"},
-                       {"optionId": "cancel", "name": "Reject", "kind": "reject_once"}]
-            return lambda number: {"jsonrpc": "2.0", "id": number, "method": "session/request_permission", "params": {"sessionId": turn.session, "options": options, "toolCall": {
-                "toolCallId": id, "status": "pending", "title": json.dumps(arguments), "content": [], "locations": [], "kind": "other", "rawInput": arguments}}}
         if self.kind == "qwen":
             self.say(*self.lines(turn.session, "end"))
+            return self.asked_for(turn)
         for id, name, arguments in turn.calls:
             short, arguments = name[len(self.prefix):], json.loads(arguments)
-            if self.kind == "qwen":         # asks for one after the other, also once it is cancelled
-                self.ask(permission(id, short, arguments))()
-            elif name in [tool["name"] for tool in self.sessions[turn.session].get("tools", ())]:
+            if name in [tool["name"] for tool in self.sessions[turn.session].get("tools", ())]:
                 self.say(about("in_progress", id, short, json.dumps(arguments)))
                 said = self.mcp(turn.session, "tools/call", name=short, arguments={**arguments, "wait_for_previous": False})["result"]["content"][0]["text"]
                 self.say(about("completed", id, short, said))
             else:
                 self.say(about("failed", id, short, f'Tool "{name}" not found.'))
+
+
+    def asked_for(self, turn):
+        """What qwen makes of calls: it announces each, asks for a permission for the first, and gives the turn up when that is denied."""
+        def about(kind, id, name, status, arguments, **more):
+            meta = {"toolName": name, "provenance": "mcp", "serverId": "cliproxy"}
+            return {"jsonrpc": "2.0", "method": "session/update", "params": {"sessionId": turn.session, "update": {
+                "sessionUpdate": kind, "toolCallId": id, "status": status, "rawInput": arguments, "title": name, "_meta": meta, **more}}}
+        calls = [(id, name, json.loads(arguments)) for id, name, arguments in turn.calls]
+        for id, name, _ in calls:
+            self.say(about("tool_call", id, name, "pending", {}))
+        first = calls[0]
+        options = [{"optionId": "proceed_once", "name": "Allow", "kind": "allow_once"},
+                   {"optionId": "cancel", "name": "Reject", "kind": "reject_once"}]
+        self.ask(lambda number: {"jsonrpc": "2.0", "id": number, "method": "session/request_permission", "params": {
+            "sessionId": turn.session, "options": options,
+            "toolCall": about("tool_call", *first[:2], "pending", first[2])["params"]["update"]}})()
+        self.say(about("tool_call_update", *first[:2], "failed", first[2]))
+        for call in calls[1:]:
+            self.say(about("tool_call_update", *call[:2], "pending", call[2]),
+                     about("tool_call_update", *call[:2], "failed", call[2]))
+        self.ask(lambda number: {"jsonrpc": "2.0", "id": number, "method": "craft/drainMidTurnQueue",
+                                 "params": {"sessionId": turn.session}})()
 
 
 class CodexAgent(Agent):
@@ -693,6 +710,10 @@ class Turn(Stage):
 
     def do_line(self, row):
         self.agent.say(row)
+
+    def do_update(self, update):
+        """A session/update of an ACP agent."""
+        self.agent.say({"jsonrpc": "2.0", "method": "session/update", "params": {"sessionId": self.session, "update": update}})
 
     def do_renamed(self):
         """An event of a type that no rule knows."""
@@ -3550,14 +3571,34 @@ def test_a_resident_that_speaks_otherwise_is_left_for_the_next_strategy_and_the_
     assert len(proxy.lines("event=step-down")) == 1
 
 
-def test_a_permission_is_denied_and_every_other_question_of_a_cli_refused(staying):
+def answers_in(proxy, name):
+    """What the proxy has answered to the CLI's own questions."""
+    return [m for m in map(json.loads, proxy.read(f"{name}.heard").splitlines()) if "method" not in m]
+
+
+def test_every_question_of_a_cli_that_no_rule_knows_is_refused(staying):
     proxy = staying("qwen")
-    options = [{"optionId": "ok", "kind": "allow_once"}, {"optionId": "no", "kind": "reject_once"}]
-    proxy.play("qwen", ["begin"], ["ask", "session/request_permission", {"options": options}], ["ask", "fs/read_text_file", {}], ["say", ["done"]], ["end"])
+    proxy.play("qwen", ["begin"], ["ask", "fs/read_text_file", {}], ["say", ["done"]], ["end"])
     assert proxy.ask("qwen").text == "done"
-    heard = eventually("both are answered", lambda: [m for m in map(json.loads, proxy.read("qwen.heard").splitlines()) if "method" not in m][1:] and
-                       [m for m in map(json.loads, proxy.read("qwen.heard").splitlines()) if "method" not in m])
-    assert heard[0]["result"] == {"outcome": {"outcome": "selected", "optionId": "no"}} and heard[1]["error"]["code"] == -32601
+    heard = eventually("it is answered", lambda: answers_in(proxy, "qwen"))
+    assert heard[0]["error"]["code"] == -32601
+
+
+OPTIONS = [{"optionId": "ok", "kind": "allow_once"}]
+PERMISSION = ["ask", "session/request_permission", {"options": OPTIONS}]
+NAMED_PERMISSION = ["ask", "session/request_permission", {"options": OPTIONS, "toolCall": {"_meta": {"toolName": "rm"}}}]
+OWN_CALL = ["update", {"sessionUpdate": "tool_call", "toolCallId": "1", "title": "rm -rf", "status": "pending"}]
+NAMED = ["update", {"sessionUpdate": "tool_call_update", "toolCallId": "1", "_meta": {"toolName": "rm"}}]
+
+
+@pytest.mark.parametrize("tools, step", [(False, PERMISSION), (False, OWN_CALL), (True, NAMED_PERMISSION), (True, NAMED)])
+def test_a_tool_that_the_request_did_not_bring_ends_the_answer_with_an_error(staying, tools, step):
+    proxy = staying("qwen")
+    proxy.play("qwen", ["begin"], step, ["say", ["done"]], ["wait", "never"])
+    answered = proxy.ask("qwen", **({"tools": [LOOK]} if tools else {}))
+    assert answered.error == (502, "server_error", "invalid_model_output", None)
+    assert "which the request did not bring" in answered.message
+    eventually("it is cancelled", lambda: "session/cancel" in proxy.read("qwen.heard"))
 
 
 def test_parameters_get_to_each_resident_in_its_own_way(staying):
@@ -3682,7 +3723,7 @@ def test_a_resident_with_tools_is_refused(staying):
 
 def test_a_failure_that_only_the_log_of_a_cli_tells_is_told_to_the_turn_that_failed(staying):
     proxy = staying("qwen", alone=True)
-    log = "2026 [WARN] [RETRY] Attempt 1 failed with status 429. Retrying with backoff... Error: 429 too fast\n"
+    log = "2026 [ERROR] [OPENAI_ERROR] OpenAI API Error: 429 too fast {\n"
     proxy.play("qwen", ["begin"], ["write", "run/debug/1.txt", log], ["wait", "never"])
     answered = proxy.ask("qwen")
     assert (answered.status, answered.json["error"]["code"]) == (429, "rate_limit_exceeded")
@@ -5601,7 +5642,7 @@ def test_a_model_whose_cli_is_missing_is_an_error_that_says_how_to_install_it(ro
     with pytest.raises(cliproxy.ModelNotFound) as e:
         router.resolve(model)
     assert e.value.message == ("qwen is not installed on this machine: there is no `qwen` on the PATH. Install it: npm install -g @qwen-code/qwen-code; "
-                               'then run "qwen auth", or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL')
+                               'then run "qwen" and type /auth, or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL')
 
 
 @pytest.fixture
@@ -8783,7 +8824,7 @@ def machine(tmp_path):
     return lambda **kw: Machine(tmp_path, **kw)
 
 
-READY = ["  claude   2.1.332            ready", "  gemini   0.61.0             ready", "  codex    0.169.0            ready", "  qwen     0.15.10            ready", "  echo     built in           ready"]
+READY = ["  claude   2.1.332            ready", "  gemini   0.61.0             ready", "  codex    0.169.0            ready", "  qwen     0.24.4             ready", "  echo     built in           ready"]
 
 
 def test_doctor_is_content_when_all_are_ready(machine):
@@ -8805,7 +8846,7 @@ def test_doctor_finds_who_is_not_logged_in(machine):
     ended = some.doctor()
     assert ended.returncode == 1 and ended.stdout.splitlines()[:4] == [
         '  claude   2.1.332            not logged in: run "claude" and type /login', '  gemini   0.61.0             not logged in: run "gemini" and choose a login, or set GEMINI_API_KEY',
-        '  codex    0.169.0            not logged in: run "codex login"', '  qwen     0.15.10            not logged in: run "qwen auth", or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL']
+        '  codex    0.169.0            not logged in: run "codex login"', '  qwen     0.24.4             not logged in: run "qwen" and type /auth, or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL']
     os.makedirs(os.path.join(some.home, ".gemini"))
     with open(os.path.join(some.home, ".gemini", "oauth_creds.json"), "w") as f:
         f.write("{}")
