@@ -6341,6 +6341,7 @@ class Breakers:
 # come from outside, so no error in them raises here: a keyword that is not understood demands nothing.
 
 MAX_DEPTH = 200             # levels of an answer, of a schema, and of steps through both: a stack of 1,000 frames takes twice as many
+MAX_STEPS = 500_000         # of a comparison of a value with a schema: about a second
 _SHOWN = 80                 # characters of a value in a message
 _LISTED = 20                # values or names in a message
 _JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
@@ -6362,8 +6363,31 @@ class _Misfit:
         return f"${''.join(steps)}: expected {self.expected}, found {self.found}"
 
 
-class _TooDeep(Exception):
-    """A schema leads through more than MAX_DEPTH steps; the argument is the _Misfit that says so."""
+class _TooMuch(Exception):
+    """A schema leads through more than MAX_DEPTH steps, or the check takes more than MAX_STEPS; the argument is the _Misfit that says so."""
+
+
+class _Check:
+    """What one comparison of a value with a schema knows: the whole schema, what each `$ref` has come to, the steps that are left."""
+
+    def __init__(self, root: Any):
+        self.root = root
+        self.seen: Dict[Any, Optional[_Misfit]] = {}
+        self.left = MAX_STEPS
+
+    def spend(self, steps: float, path: Tuple[Union[str, int], ...]) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise _TooMuch(_Misfit(path, "what can be compared with its schema in bounded time", "a value and a schema that take longer"))
+
+    def matches(self, pattern: str, text: str, path: Tuple[Union[str, int], ...]) -> Optional[bool]:
+        """Whether the text matches a pattern of the schema; None if the pattern is not understood, or might take too long."""
+        cost = pattern_cost(pattern, len(text))
+        regex = _javascript_regex(pattern) if cost <= MAX_PATTERN_STEPS else None
+        if regex is None:
+            return None
+        self.spend(cost / 50, path)         # of the steps of a regular expression fifty take the time of one of ours
+        return regex.search(text) is not None
 
 
 def schema_problem(value: Any, schema: Any) -> Optional[str]:
@@ -6375,50 +6399,52 @@ def schema_problem(value: Any, schema: Any) -> Optional[str]:
         if _deeper_than(nested, MAX_DEPTH):
             return f"$: expected a {what} of at most {MAX_DEPTH} levels, found one that is nested deeper"
     try:
-        misfit = _misfit(value, schema, (), 0, schema, {})
-    except _TooDeep as e:
+        misfit = _misfit(value, schema, (), 0, _Check(schema))
+    except _TooMuch as e:
         misfit = e.args[0]
     return None if misfit is None else str(misfit)
 
 
-def _misfit(value: Any, schema: Any, path: Tuple[Union[str, int], ...], depth: int, root: Any, seen: Dict[Any, Optional[_Misfit]]) -> Optional[_Misfit]:
+def _misfit(value: Any, schema: Any, path: Tuple[Union[str, int], ...], depth: int, check: _Check) -> Optional[_Misfit]:
     """The first misfit of the value that is at this path. One frame of the stack for each step, and no value is met by the same
-    `$ref` twice: this ends, in time that grows with the value times the schema, whatever the `$ref`s are."""
+    `$ref` twice, whatever the `$ref`s are. Unions in unions may yet take time without end, so the steps are counted."""
     if schema is False:
         return _Misfit(path, "nothing here", _shown(value))
     if not isinstance(schema, dict):
         return None
     if depth >= MAX_DEPTH:
-        raise _TooDeep(_Misfit(path, f"at most {MAX_DEPTH} steps through the schema", "more"))
+        raise _TooMuch(_Misfit(path, f"at most {MAX_DEPTH} steps through the schema", "more"))
+    check.spend(1 + len(path) + sum(len(v) for v in schema.values() if isinstance(v, (dict, list))), path)
     ref = schema.get("$ref")
     if isinstance(ref, str):
+        seen = check.seen
         if (ref, path) not in seen:
             seen[ref, path] = None      # if it leads back here without a step into the value, it demands nothing more
-            seen[ref, path] = _misfit(value, _referred(root, ref), path, depth + 1, root, seen)
+            seen[ref, path] = _misfit(value, _referred(check.root, ref), path, depth + 1, check)
         if seen[ref, path]:
             return seen[ref, path]
-    misfit = _value_misfit(value, schema, path)
+    misfit = _value_misfit(value, schema, path, check)
     if misfit:
         return misfit
-    for inner, its_schema, step in _inside(value, schema):
-        misfit = _misfit(inner, its_schema, path + step, depth + 1, root, seen)
+    for inner, its_schema, step in _inside(value, schema, path, check):
+        misfit = _misfit(inner, its_schema, path + step, depth + 1, check)
         if misfit:
             return misfit
-    misfit = _names_misfit(value, schema, path)
+    misfit = _names_misfit(value, schema, path, check)
     if misfit:
         return misfit
     for keyword in ("anyOf", "oneOf"):
         misfits: List[_Misfit] = []
         branches = schema.get(keyword)
         for branch in branches if isinstance(branches, list) else ():
-            misfit = _misfit(value, branch, path, depth + 1, root, seen)
+            misfit = _misfit(value, branch, path, depth + 1, check)
             misfits += [misfit] if misfit else []
         fitting = len(branches) - len(misfits) if isinstance(branches, list) and branches else 1
         if not fitting:
             return _furthest(misfits, path)
         if fitting > 1 and keyword == "oneOf":
             return _Misfit(path, "what fits exactly one of the alternatives in oneOf", f"{_shown(value)}, which fits {fitting}")
-    if isinstance(schema.get("not"), (dict, bool)) and not _misfit(value, schema["not"], path, depth + 1, root, seen):
+    if isinstance(schema.get("not"), (dict, bool)) and not _misfit(value, schema["not"], path, depth + 1, check):
         return _Misfit(path, f"nothing that fits {_shortened(_compact(schema['not']), 200)}", _shown(value))
     return None
 
@@ -6437,7 +6463,7 @@ def _referred(root: Any, ref: str) -> Any:
     return found
 
 
-def _value_misfit(value: Any, schema: Mapping[str, Any], path: Tuple[Union[str, int], ...]) -> Optional[_Misfit]:
+def _value_misfit(value: Any, schema: Mapping[str, Any], path: Tuple[Union[str, int], ...], check: _Check) -> Optional[_Misfit]:
     """What is wrong with the value, apart from what is inside of it."""
     kind = _JSON_TYPES.get(type(value), "")
     types = schema.get("type")
@@ -6464,15 +6490,14 @@ def _value_misfit(value: Any, schema: Mapping[str, Any], path: Tuple[Union[str, 
                 return _Misfit((*path, i), "an item unlike all before it", f"one equal to item {first[_key(item)]}, {_shown(item)}")
     if kind == "string":
         pattern, form = schema.get("pattern"), schema.get("format")
-        regex = _javascript_regex(pattern)
-        if regex and len(value) <= MAX_MATCHED and not regex.search(value):
+        if isinstance(pattern, str) and check.matches(pattern, value, path) is False:
             return _Misfit(path, f"a string that matches {pattern}", _shown(value))
         if isinstance(form, str) and form in _FORMATS and not _FORMATS[form][0](value):
             return _Misfit(path, _FORMATS[form][1], _shown(value))
     return None
 
 
-def _inside(value: Any, schema: Mapping[str, Any]) -> List[Tuple[Any, Any, Tuple[Union[str, int], ...]]]:
+def _inside(value: Any, schema: Mapping[str, Any], path: Tuple[Union[str, int], ...], check: _Check) -> List[Tuple[Any, Any, Tuple[Union[str, int], ...]]]:
     """(value, schema, step of the path) of all that has to fit besides. Properties of a fixed value come first: they tell which alternative
     of a union was meant, so what else does not fit in the others is of no interest."""
     found: List[Tuple[Any, Any, Tuple[Union[str, int], ...]]] = []
@@ -6481,10 +6506,9 @@ def _inside(value: Any, schema: Mapping[str, Any]) -> List[Tuple[Any, Any, Tuple
         found += [(value[k], s, (k,)) for k, s in properties.items() if k in value]
         found.sort(key=lambda f: not isinstance(f[1], dict) or not ("const" in f[1] or "enum" in f[1]))
         for pattern, s in _object(schema, "patternProperties").items():
-            regex = _javascript_regex(pattern)
-            found += [(value[k], s, (k,)) for k in value if regex and regex.search(k)]
+            found += [(value[k], s, (k,)) for k in value if check.matches(pattern, k, path)]
         if isinstance(schema.get("additionalProperties"), dict):
-            found += [(value[k], schema["additionalProperties"], (k,)) for k in _additional(value, schema)]
+            found += [(value[k], schema["additionalProperties"], (k,)) for k in _additional(value, schema, path, check)]
     elif isinstance(value, list):
         first, rest = schema.get("prefixItems"), schema.get("items")
         if isinstance(rest, list):              # before JSON Schema 2020-12
@@ -6495,7 +6519,7 @@ def _inside(value: Any, schema: Mapping[str, Any]) -> List[Tuple[Any, Any, Tuple
     return found + [(value, s, ()) for s in (every if isinstance(every, list) else ())]
 
 
-def _names_misfit(value: Any, schema: Mapping[str, Any], path: Tuple[Union[str, int], ...]) -> Optional[_Misfit]:
+def _names_misfit(value: Any, schema: Mapping[str, Any], path: Tuple[Union[str, int], ...], check: _Check) -> Optional[_Misfit]:
     """Which property of an object is missing, or one too many."""
     if not isinstance(value, dict):
         return None
@@ -6503,17 +6527,17 @@ def _names_misfit(value: Any, schema: Mapping[str, Any], path: Tuple[Union[str, 
     for name in required if isinstance(required, list) else ():
         if isinstance(name, str) and name not in value:
             return _Misfit(path, f"the property {_shown(name)}", "none of that name")
-    more = _additional(value, schema) if schema.get("additionalProperties") is False else []
+    more = _additional(value, schema, path, check) if schema.get("additionalProperties") is False else []
     if more:
         names = list(_object(schema, "properties"))
         return _Misfit(path, f"no properties but {_listed(names)}" if names else "no such properties", f"also {_listed(more)}")
     return None
 
 
-def _additional(value: Mapping[str, Any], schema: Mapping[str, Any]) -> List[str]:
+def _additional(value: Mapping[str, Any], schema: Mapping[str, Any], path: Tuple[Union[str, int], ...], check: _Check) -> List[str]:
     """The properties that neither `properties` nor `patternProperties` speaks of; none if one of the patterns is not understood."""
-    properties, patterns = _object(schema, "properties"), [_javascript_regex(p) for p in _object(schema, "patternProperties")]
-    return [k for k in value if k not in properties and not any(p is None or p.search(k) for p in patterns)]
+    properties, patterns = _object(schema, "properties"), _object(schema, "patternProperties")
+    return [k for k in value if k not in properties and not any(check.matches(p, k, path) is not False for p in patterns)]
 
 
 def _object(schema: Mapping[str, Any], keyword: str) -> Mapping[str, Any]:
@@ -6594,11 +6618,34 @@ _LIMITS: Sequence[Tuple[str, str, Callable[[Any, Any], bool], str]] = (
 _JAVASCRIPT = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\$|\(\?<(?=[A-Za-z_$])", re.S)
 
 
-_UNBOUNDED = re.compile(r"[*+]|\{\d+,\}")
-MAX_MATCHED = 2000          # characters of a string that is held against a pattern; both come from clients, and while one is matched no other thread runs
+MAX_PATTERN = 1000          # characters of a pattern
+MAX_PATTERN_STEPS = 3e6     # for one pattern and one text: about 0.1 s, in which no other thread runs. Both come from clients
+_CHOICE = re.compile(r"\\.|\(\?|\[(?:\\.|[^\]\\])*\]|([*+]|\{\d+,\})|\{(\d+),(\d+)\}|\{\d+\}|([?|])", re.S)
+_REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
 
 
-def _javascript_regex(pattern: Any) -> Optional[re.Pattern[str]]:
+def pattern_cost(pattern: str, length: int) -> float:
+    """At most how many steps `re` takes to look for the pattern in a text of this length; infinite where that cannot be told.
+
+    Each * or + may end at any place of the text, each ? or | has two ways, each {m,n} has n - m + 1; a search may begin at any
+    place. What repeats a group that has choices of its own ((a+)+, (a|a)*) has as many ways as there are texts."""
+    if len(pattern) > MAX_PATTERN:
+        return math.inf
+    anchored = pattern.startswith("^") and "|" not in pattern
+    cost, group = 1.0 if anchored else float(length + 1), _REPEATED_GROUP.search(pattern)
+    for m in _CHOICE.finditer(pattern):
+        unbounded, low, high, either = m.groups()
+        if not (unbounded or low or either):
+            continue
+        if group and m.start() < pattern.rindex(")"):
+            return math.inf
+        cost *= length + 1 if unbounded else 2 if either else abs(float(high) - float(low)) + 1
+    if re.search(r"\\[1-9]|\\k<", pattern):
+        cost *= length + 1
+    return cost
+
+
+def _javascript_regex(pattern: str) -> Optional[re.Pattern[str]]:
     """The pattern as Python's re has it; None if it is not one, or has what re has not (as \\p{L}). Where they differ: $ is the very end
     of the text in JavaScript, \\d and \\w are ASCII, (?<name> is (?P<name>, and [ has no meaning inside of [ ]."""
     def python(m: re.Match[str]) -> str:
@@ -6606,8 +6653,6 @@ def _javascript_regex(pattern: Any) -> Optional[re.Pattern[str]]:
         if found[0] == "[":
             return "[" + re.sub(r"\\.|[\[&|~]", lambda inner: inner.group() if inner.group()[0] == "\\" else "\\" + inner.group(), found[1:], flags=re.S)
         return {"$": r"\Z", "(?<": "(?P<"}.get(found, found)
-    if not isinstance(pattern, str) or len(_UNBOUNDED.findall(pattern)) > 2 or re.search(r"\)[*+{]", pattern) and re.search(r"[|?*+{].*\)[*+{]", pattern, re.S):
-        return None                         # it may take more than quadratic time: (a+)+, (a|a)*
     try:
         return re.compile(_JAVASCRIPT.sub(python, pattern), re.A)
     except (re.error, OverflowError, RecursionError):
@@ -8594,6 +8639,9 @@ class Sessions:
 
 MAX_CHOICES = 8             # n: every choice is a process
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
+MAX_MESSAGES = 20_000       # of a request; the longest conversations that are known have some thousands
+MAX_PARTS = 5_000           # of one message
+MAX_TOOLS = 1_000           # of a request; OpenAI's API takes 128
 MAX_NAME = 256              # characters of a function's name; what a service would not take is given another name on the way
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 FILE_TYPES = ("application/pdf",)
@@ -8638,6 +8686,12 @@ def media_part(value: Any, path: str, name: str = "", bare: bool = False) -> Par
     return made_part(mime, data, name)
 
 
+def _at_most(most: int, rows: Any, path: str) -> None:
+    """Refuse a list that is longer than anything that makes sense, before work is done for each of its items."""
+    if isinstance(rows, list) and len(rows) > most:
+        raise BadRequest(f"`{path}` has {len(rows):,} items", f"the limit is {most:,}", "send fewer", param=path, code="array_above_max_length")
+
+
 class ChatCompletions:
     """OpenAI chat completions: POST /v1/chat/completions (platform.openai.com/docs/api-reference/chat), read leniently.
 
@@ -8676,8 +8730,10 @@ class ChatCompletions:
         """The client's functions: of `tools`, also in the flat form of the Responses API, or of `functions`, as there were before."""
         field_name = "functions" if old else "tools"
         rows, tools = body.get(field_name) or [], []        # type: Tuple[Any, List[Tool]]
+        names: Set[str] = set()
         if not isinstance(rows, list):
             raise BadRequest(f"`{field_name}` must be a list", f"found {_show(rows)}", param=field_name, code="invalid_type")
+        _at_most(MAX_TOOLS, rows, field_name)
         for i, row in enumerate(rows):
             path = f"{field_name}[{i}]"
             kind = row.get("type", "function") if isinstance(row, dict) else None
@@ -8688,8 +8744,9 @@ class ChatCompletions:
             name, schema = function.get("name"), function.get("parameters", function.get("input_schema")) if kind == "function" else CUSTOM_SCHEMA
             if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
                 raise BadRequest(f"`{path}.name` must be a name of 1 to {MAX_NAME} characters", f"found {_show(name)}", param=f"{path}.name")
-            if name in [tool.name for tool in tools]:
+            if name in names:
                 raise BadRequest(f"`{path}.name` {_show(name)} is there twice", "a call would not tell which of the two it means", param=f"{path}.name")
+            names.add(name)
             if schema is not None and (not isinstance(schema, dict) or schema.get("type", "object") != "object" or _deeper_than(schema, MAX_DEPTH)):
                 raise BadRequest(f"invalid schema for function {_show(name)}", f"it must be a JSON Schema of type \"object\", of at most {MAX_DEPTH} levels, found {_show(schema)}",
                                  param=f"{path}.parameters", code="invalid_function_parameters")
@@ -8706,8 +8763,9 @@ class ChatCompletions:
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
             allowed = choice.get("allowed_tools") if isinstance(choice.get("allowed_tools"), dict) else choice
             rows = allowed.get("tools")
-            names = [_name_in(row) for row in rows] if isinstance(rows, list) else []
-            if not names or not all(name in [tool.name for tool in tools] for name in names):
+            names = [_name_in(row) for row in rows[:MAX_TOOLS]] if isinstance(rows, list) else []
+            offered = [tool.name for tool in tools]
+            if not names or not all(name in offered for name in names):
                 raise BadRequest("`tool_choice.allowed_tools.tools` must be a list of some of the `tools`", f"found {_show(rows)}", param="tool_choice")
             choice, tools = allowed.get("mode", "auto"), tuple(tool for tool in tools if tool.name in names)
         name = _name_in(choice)
@@ -8771,14 +8829,16 @@ class ChatCompletions:
             raise BadRequest("`response_format.json_schema.schema` is nested too deeply", f"the limit is {MAX_DEPTH} levels", param="response_format.json_schema.schema")
         return _clean_all(form)
 
-    def _messages(self, rows: Iterable[Any]) -> Tuple[Message, ...]:
+    def _messages(self, rows: Sequence[Any]) -> Tuple[Message, ...]:
         """All messages. What tools have shown comes after all results of their turn, for nothing may stand between a call and its result."""
         parsed: List[Message] = []
         shown: List[Message] = []
+        _at_most(MAX_MESSAGES, rows, "messages")
         for i, raw in enumerate(rows):
             message, *more = self._message(raw, f"messages[{i}]")
             if message.role != "tool":
-                parsed, shown = parsed + shown, []
+                parsed += shown
+                shown = []
             parsed.append(message)
             shown += more
         return (*parsed, *shown)
@@ -8817,6 +8877,7 @@ class ChatCompletions:
             return [TextPart(_clean(content))]
         if not isinstance(content, list):
             raise BadRequest(f"`{path}` must be a string or a list of parts", f"found {_show(content)}", param=path, code="invalid_type")
+        _at_most(MAX_PARTS, content, path)
         parts: List[Part] = []
         for i, part in enumerate(content):
             kind = part.get("type") if isinstance(part, dict) else "text" if isinstance(part, str) else None
