@@ -945,14 +945,14 @@ BUILTIN_PROVIDERS = r'''{
       "binary": "gemini",
       "install": "npm install -g @google/gemini-cli",
       "login": "run \"gemini\" and choose a login, or set GEMINI_API_KEY",
-      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.58.0", "0.61.999"], "pinned": "0.61.0"},
+      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.58.0", "0.61.9"], "pinned": "0.61.0"},
       "home": ["~/.gemini"],
       "leak_test": {"env": {"GOOGLE_GEMINI_BASE_URL": "{url}", "GEMINI_API_KEY": "none"}},
       "logged_in": [{"env": ["GEMINI_API_KEY", "GOOGLE_API_KEY"]}, {"file": "~/.gemini/oauth_creds.json"},
                     {"file": "~/.gemini/.env", "match": "GEMINI_API_KEY\\s*="}, {"file": "~/.gemini/gemini-credentials.json"}],
       "models": {
         "default": "gemini-2.5-pro",
-        "names": ["gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite", "gemini-3-pro-preview", "gemini-3-flash-preview"],
+        "names": ["gemini-2.5-pro", "gemini-3.1-pro-preview", "gemini-3.8-flash", "gemini-3.5-flash-lite", "gemini-3-flash-preview", "gemini-2.5-flash", "gemini-2.5-flash-lite"],
         "aliases": {"pro": "gemini-2.5-pro", "flash": "gemini-2.5-flash"},
         "also": "gemini-*"
       },
@@ -980,6 +980,7 @@ BUILTIN_PROVIDERS = r'''{
         "budget": {"from": "effort", "models": "gemini-2\\.5", "map": {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": 24576, "xhigh": 32768, "max": 32768}},
         "level": {"from": "effort", "models": "gemini-3", "map": {"none": "LOW", "minimal": "LOW", "low": "LOW", "medium": "MEDIUM", "high": "HIGH", "xhigh": "HIGH", "max": "HIGH"}},
         "kind": {"from": "model", "map": {"gemini-2.5-pro": "chat-base-2.5", "gemini-2.5-flash": "chat-base-2.5", "gemini-2.5-flash-lite": "chat-base-2.5",
+                                          "gemini-3.1-pro-preview": "chat-base-3", "gemini-3.8-flash": "chat-base-3", "gemini-3.5-flash-lite": "chat-base-3",
                                           "gemini-3-pro-preview": "chat-base-3", "gemini-3-flash-preview": "chat-base-3"}}
       },
       "links": {
@@ -1119,17 +1120,17 @@ BUILTIN_PROVIDERS = r'''{
       "binary": "codex",
       "install": "npm install -g @openai/codex",
       "login": "run \"codex login\"",
-      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.165.0", "0.169.999"], "pinned": "0.169.0"},
+      "version": {"argv": ["--version"], "match": "(\\d+\\.\\d+\\.\\d+)", "tested": ["0.165.0", "0.171.9"], "pinned": "0.171.0"},
       "home": ["{env:CODEX_HOME|~/.codex}"],
       "leak_test": {"env": {"CODEX_API_KEY": "none"}, "files": {".codex/config.toml": "model_provider = \"loop\"\n[model_providers.loop]\nname = \"loop\"\nbase_url = \"{url}/v1\"\nenv_key = \"CODEX_API_KEY\"\nwire_api = \"responses\"\n"}},
       "logged_in": [{"argv": ["login", "status"], "exit": 0}, {"file": "{env:CODEX_HOME|~/.codex}/config.toml", "match": "(?m)^model_provider\\s*=\\s*\"(?!openai\")"}],
       "models": {
         "default": "{found:model|gpt-5.5}",
-        "names": ["gpt-5.5", "gpt-6-astra", "gpt-6.1-sol", "gpt-6.1-terra", "gpt-6-sol", "gpt-6-luna"],
+        "names": ["gpt-6.2-sol", "gpt-6.2-astra", "gpt-6.1-terra", "gpt-6.1-sol", "gpt-6-astra", "gpt-6-sol", "gpt-6-luna", "gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5"],
         "aliases": {},
         "also": "gpt-*"
       },
-      "context": {"*": 272000},
+      "context": {"*": 272000, "gpt-6.2-sol": 500000, "gpt-6.1-sol": 500000, "gpt-6.1-terra": 500000},
       "env": {
         "pass": ["CODEX_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL", "AZURE_OPENAI_API_KEY"],
         "set": {"CODEX_HOME": "{dir}/home"}

@@ -15,9 +15,9 @@ import sys
 
 # === The fake CLI ====================================================================================================
 # Above every other import, because it is started for each request. A script is a list of steps; what `say`, `think`, `end`
-# and `fail` print is what the CLI of that name prints (claude 2.1.332, gemini 0.61.0, codex 0.169.0, qwen 0.24.4).
+# and `fail` print is what the CLI of that name prints (claude 2.1.332, gemini 0.61.0, codex 0.171.0, qwen 0.24.4).
 
-VERSIONS = {"claude": "2.1.332 (Claude Code)", "gemini": "0.61.0", "codex": "codex-cli 0.169.0", "qwen": "0.24.4"}
+VERSIONS = {"claude": "2.1.332 (Claude Code)", "gemini": "0.61.0", "codex": "codex-cli 0.171.0", "qwen": "0.24.4"}
 HELLO = ["Hello ", "there, ", "how ", "can ", "I ", "help?"]
 DEFAULT_SCRIPT = {"steps": [["begin"], ["say", HELLO], ["end"]]}
 ZERO = {"input_tokens": 0, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}
@@ -489,13 +489,13 @@ class AcpAgent(Agent):
 
 
 class CodexAgent(Agent):
-    """codex app-server 0.169.0."""
+    """codex app-server 0.171.0."""
 
     def hear(self, message):
         method, params, number = message.get("method"), message.get("params", {}), message.get("id")
         thread = params.get("threadId")
         if method == "initialize":
-            self.say({"id": number, "result": {"userAgent": "cliproxy/0.169.0"}})
+            self.say({"id": number, "result": {"userAgent": "cliproxy/0.171.0"}})
         elif method == "thread/start":
             thread = f"t{next(self.numbers)}-{os.getpid()}"
             self.sessions[thread] = {"messages": [], "model": params["model"], "system": params["baseInstructions"], "tools": params.get("dynamicTools", []),
@@ -5172,6 +5172,31 @@ def test_the_prompt_for_json_has_the_schema_compact_and_no_half_character():
     assert "$.a: expected a string, found 1\n" in cliproxy.json_repair_prompt("$.a: expected a string, found 1")
 
 
+@pytest.mark.parametrize("pattern, length, runs", [
+    ("^[^@]+@[^@]+\\.[^@]+$", 60, True), ("^[a-z]{2,8}(-[A-Z]{2})?$", 2000, True), ("a+b", 1500, True), (r"\d{4}-\d{2}-\d{2}", 2000, True),
+    ("^" + "a?" * 40 + "a" * 40 + "$", 40, False), ("(a+)+$", 10, False), ("(a|a)*$", 10, False), ("(?:a?){40}", 40, False),
+    ("a{0,99}a{0,99}a{0,99}b", 99, False), ("a*a*a*b", 500, False), (r"(a*)\1*\1*b", 500, False), ("|".join("a" * 30), 10, False),
+    ("x" * 5000, 10, False)])
+def test_a_pattern_of_a_schema_runs_only_if_it_cannot_take_long(pattern, length, runs):
+    assert (cliproxy.pattern_cost(pattern, length) <= cliproxy.MAX_PATTERN_STEPS) == runs
+
+
+def test_a_pattern_that_might_take_long_demands_nothing():
+    slow = "^" + "a?" * 40 + "a" * 40 + "$"
+    assert cliproxy.schema_problem("b", {"pattern": slow}) is None
+    assert cliproxy.schema_problem({"b": 1}, {"patternProperties": {slow: {"type": "string"}}, "additionalProperties": False}) is None
+    assert cliproxy.schema_problem("b", {"pattern": "^a$"}) is not None
+
+
+def test_a_schema_whose_alternatives_multiply_ends_in_a_problem_and_not_in_hours():
+    schema = {"type": "string"}
+    for _ in range(60):
+        schema = {"anyOf": [schema, schema]}
+    assert "in bounded time" in cliproxy.schema_problem(1, schema)
+    listed = {"items": {"enum": list(range(20000))}}
+    assert "in bounded time" in cliproxy.schema_problem([19999] * 20000, listed)
+
+
 # === Tools in text ===================================================================================================
 
 TOOLS = (Tool("get_weather", "The weather in a city.", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}),
@@ -7823,6 +7848,17 @@ def test_what_tools_show_comes_after_all_results_of_their_turn():
     assert [b["type"] for b in cliproxy.anthropic_messages(whole)[-1]["content"]] == ["tool_result", "tool_result", "image", "text"]
 
 
+@pytest.mark.parametrize("field, rows", [
+    ("messages", [{"role": "user", "content": "a"}] * 20_001),
+    ("tools", [{"type": "function", "function": {"name": f"t{i}"}} for i in range(1001)]),
+    ("messages[0].content", [{"type": "text", "text": "a"}] * 5001)])
+def test_more_items_than_make_sense_are_refused_before_they_cost_anything(proxy, field, rows):
+    messages = [{"role": "user", "content": rows if field.endswith("content") else "Hi"}]
+    answered = proxy.post({"model": "echo", "messages": messages, **({field: rows} if "[" not in field else {})})
+    assert answered.error == (400, "invalid_request_error", "array_above_max_length", field)
+    assert "the limit is" in answered.message
+
+
 # === Fetching ========================================================================================================
 
 HIDDEN = """127.0.0.1 10.0.0.1 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 100.100.100.200 0.0.0.0 224.0.0.1 255.255.255.255 240.0.0.1 192.0.2.1
@@ -8824,7 +8860,7 @@ def machine(tmp_path):
     return lambda **kw: Machine(tmp_path, **kw)
 
 
-READY = ["  claude   2.1.332            ready", "  gemini   0.61.0             ready", "  codex    0.169.0            ready", "  qwen     0.24.4             ready", "  echo     built in           ready"]
+READY = ["  claude   2.1.332            ready", "  gemini   0.61.0             ready", "  codex    0.171.0            ready", "  qwen     0.24.4             ready", "  echo     built in           ready"]
 
 
 def test_doctor_is_content_when_all_are_ready(machine):
@@ -8846,7 +8882,7 @@ def test_doctor_finds_who_is_not_logged_in(machine):
     ended = some.doctor()
     assert ended.returncode == 1 and ended.stdout.splitlines()[:4] == [
         '  claude   2.1.332            not logged in: run "claude" and type /login', '  gemini   0.61.0             not logged in: run "gemini" and choose a login, or set GEMINI_API_KEY',
-        '  codex    0.169.0            not logged in: run "codex login"', '  qwen     0.24.4             not logged in: run "qwen" and type /auth, or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL']
+        '  codex    0.171.0            not logged in: run "codex login"', '  qwen     0.24.4             not logged in: run "qwen" and type /auth, or set OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL']
     os.makedirs(os.path.join(some.home, ".gemini"))
     with open(os.path.join(some.home, ".gemini", "oauth_creds.json"), "w") as f:
         f.write("{}")
