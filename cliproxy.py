@@ -8715,6 +8715,7 @@ class ChatCompletions:
         if not isinstance(messages, list) or not messages:
             raise BadRequest("`messages` must be a list with at least one message", f"found {_show(messages)}", param="messages",
                              code="missing_required_parameter" if messages is None else "invalid_type")
+        _at_most(MAX_MESSAGES, messages, "messages")
         parsed = self._messages(_numbered(messages))
         if all(m.role == "system" for m in parsed):
             raise BadRequest("there is nothing to answer", "all messages are of role system or developer", "add a user message", param="messages")
@@ -8830,11 +8831,10 @@ class ChatCompletions:
             raise BadRequest("`response_format.json_schema.schema` is nested too deeply", f"the limit is {MAX_DEPTH} levels", param="response_format.json_schema.schema")
         return _clean_all(form)
 
-    def _messages(self, rows: Sequence[Any]) -> Tuple[Message, ...]:
+    def _messages(self, rows: Iterable[Any]) -> Tuple[Message, ...]:
         """All messages. What tools have shown comes after all results of their turn, for nothing may stand between a call and its result."""
         parsed: List[Message] = []
         shown: List[Message] = []
-        _at_most(MAX_MESSAGES, rows, "messages")
         for i, raw in enumerate(rows):
             message, *more = self._message(raw, f"messages[{i}]")
             if message.role != "tool":
