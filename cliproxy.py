@@ -2125,10 +2125,18 @@ class Slots:
 # === Terminal text ===================================================================================================
 # Bytes from a terminal become the lines a person would see. Pure and incremental: any split of the input gives the same lines.
 
-# CSI (ECMA-48 5.4), OSC and the other strings up to ST or BEL, charset selections, and all two-byte escapes.
-_ESCAPE = re.compile(r"\x1b(?:\[([0-?]*)[ -/]*([@-~])|[\]PX^_].*?(?:\x07|\x1b\\)|[ -/]+[0-~]|[0-OQ-WYZ\\`-~])", re.S)
+# CSI (ECMA-48 5.4), OSC and the other strings up to ST or BEL, charset selections, and all two-byte escapes. Any other
+# escape ends a string too, as in xterm. So none is looked through twice, however many are left open.
+_ESCAPE = re.compile(r"\x1b(?:\[([0-?]*)[ -/]*([@-~])"
+                     r"|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\|(?=\x1b[^\\]))"
+                     r"|[ -/]+[0-~]"
+                     r"|[0-OQ-WYZ\\`-~])", re.S)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 MAX_ESCAPE = 4096     # a longer unfinished sequence is garbage, not a colour
+PTY_ROWS, PTY_COLUMNS = 200, 32000      # of the terminals we make: so wide that nothing is ever wrapped
+# A move or an erasure is a few bytes that may write 32,000 blanks. One output gets so many of them in all: a spinner that
+# erases 30 columns ten times a second takes nine hours for that, and they are written in a tenth of a second.
+MAX_BLANKS = 10_000_000
 
 
 class TerminalText:
@@ -2139,6 +2147,7 @@ class TerminalText:
         self._rest = ""                 # an escape sequence that has not ended yet
         self._line: List[str] = []
         self._column = 0
+        self._blanks = MAX_BLANKS       # that moves and erasures may still write
 
     def feed(self, data: bytes, final: bool = False) -> List[str]:
         text = self._rest + self._decode(data, final)
@@ -2169,8 +2178,13 @@ class TerminalText:
         return lines
 
     def _put(self, text: str) -> None:
-        if self._column > len(self._line):
-            self._line += " " * (self._column - len(self._line))
+        if not text:
+            return                      # a move alone writes nothing
+        gap = self._column - len(self._line)
+        if gap > 0:
+            gap = self._spent(gap)
+            self._line += " " * gap
+            self._column = len(self._line)
         self._line[self._column:self._column + len(text)] = text
         self._column += len(text)
 
@@ -2193,17 +2207,26 @@ class TerminalText:
             return m.end()
         return at + 1
 
+    def _spent(self, blanks: int) -> int:
+        """This number of blanks, or 0 if so many may not be written any more."""
+        if blanks > self._blanks:
+            return 0
+        self._blanks -= blanks
+        return blanks
+
     def _csi(self, parameters: str, action: str) -> None:
-        n = int(parameters) if parameters.isdigit() else 0
+        n = int(parameters[:9]) if parameters.isdigit() else 0     # nine digits lead to the edge, too
+        edge = max(PTY_COLUMNS, len(self._line)) - 1    # a line may be longer than the terminal is wide
         if action == "K":               # erase in line: 0 to its end, 1 to its start, 2 all of it
             if n == 1:
-                self._line[:self._column] = " " * self._column
+                erased = self._spent(min(self._column, len(self._line)))
+                self._line[:erased] = " " * erased
             else:
                 del self._line[self._column if n == 0 else 0:]
         elif action == "G":
-            self._column = max(0, n - 1)
+            self._column = min(max(0, n - 1), edge)
         elif action == "C":
-            self._column += max(1, n)
+            self._column = min(self._column + max(1, n), max(edge, self._column))
         elif action == "D":
             self._column = max(0, self._column - max(1, n))
 
@@ -2227,7 +2250,6 @@ WANT_PAUSE = 0.05           # seconds to the next try of what failed because som
 SPAWN_SECONDS = 60.0        # a start that takes longer is given up: a program on a network disk that does not answer
 TERM_TO_KILL = 0.5          # seconds between SIGTERM and SIGKILL: the CLIs end within 70 ms of SIGTERM
 STDERR_KEPT = 16384         # bytes of a child's stderr that are kept for error messages
-PTY_ROWS, PTY_COLUMNS = 200, 32000      # so wide that nothing is ever wrapped
 
 
 def _start(job: Mapping[str, Any]) -> Tuple[int, List[int]]:
@@ -3706,6 +3728,7 @@ def _leaves(template: Any) -> Iterator[str]:
 # between CLIs stands in providers.json. (`resident` drivers, which keep their child, are further rows of DRIVERS.)
 
 MAX_LINE = 64 << 20         # bytes; a JSON line longer than this is not an answer
+MAX_PRINTED = 16 << 20      # bytes on a terminal, whose line takes eight times its length; an answer has some 100 kB
 EXIT_SECONDS = 30.0         # for a CLI that has closed its output and has yet to end
 WATCH_EVERY = 0.05          # seconds between looks at a file that a strategy watches
 WATCH_ON = 0.5              # the same once the answer has begun: qwen waits 2 s before it asks for one again that broke off
@@ -4074,12 +4097,17 @@ class PlainText:
     def events(self, child: Child, scope: Scope) -> Iterator[Event]:
         """As JsonLines.events; the text comes line by line, or whole."""
         terminal, watch = TerminalText(), FileWatch(self._provider, child)
+        printed = 0
         for data in child.output(scope, watch.every):
             if not data:
                 watch.look(scope)
                 if scope.silent():
                     yield Waiting()
                 continue
+            printed += len(data)
+            if printed > MAX_PRINTED:
+                raise Crashed(f"{self._provider.name} printed more than {MAX_PRINTED >> 20} MiB",
+                              do=Crashed.advice)
             scope.enter("idle")
             for text in self._take(terminal.feed(data)):
                 watch.stop()

@@ -2134,6 +2134,28 @@ def test_every_split_in_two_gives_the_same_lines():
             assert [*text.feed(data[:i]), *text.feed(data[i:]), *text.end().split("\n")] == lines, (name, i)
 
 
+@pytest.mark.parametrize("data, line", [
+    (b"\x1b[2000000000Cx", " " * 31999 + "x"),
+    (b"\x1b[" + b"9" * 4000 + b"Gx", " " * 31999 + "x"),
+    (b"\x1b[9999999C\x1b[9999999Cx\rab", "ab" + " " * 31997 + "x"),
+    (b"a" * 40000 + b"\x1b[5D\x1b[2Cb\x1b[99Cc", "a" * 39997 + "bac"),
+    (b"ab\x1b[9999999C\x1b[1K\rc", "c "), (b"ab\x1b[9999999C", "ab"),
+    (b"\x1b]0;cut off\x1b[31mred", "red"), (b"\x1bPtmux;\x1b\x1b]0;x\x07\x1b\\a", "a")])
+def test_no_move_leaves_the_terminal_and_no_string_outlasts_an_escape(data, line):
+    assert [shown(data, size) for size in (None, 7, 1)] == [[line]] * 3
+
+
+def test_what_an_output_may_make_of_a_few_bytes_has_an_end_however_it_is_split(monkeypatch):
+    monkeypatch.setattr(cliproxy, "MAX_BLANKS", 100)
+    lines = [" " * 39 + "x", " " * 39 + "x", " " * 19 + "x", "x", "  ", "ab", ""]
+    data = b"\x1b[40Gx\n\x1b[40Gx\n\x1b[20Gx\n\x1b[40Gx\nab\x1b[1K\nab\x1b[1K\n"
+    assert [shown(data, size) for size in SPLITS] == [lines] * len(SPLITS)
+
+
+def test_a_megabyte_of_strings_that_never_end_takes_no_minutes():
+    assert shown(b"\x1b]" * 500_000 + b"\x1b[0ma") == ["a"]
+
+
 def test_an_escape_sequence_beyond_all_measure_is_text_however_it_is_split(monkeypatch):
     monkeypatch.setattr(cliproxy, "MAX_ESCAPE", 100)
     for size in SPLITS:
@@ -3090,6 +3112,14 @@ def test_a_line_without_end_is_not_kept_for_ever(monkeypatch):
     monkeypatch.setattr(cliproxy, "MAX_LINE", 1 << 20)
     error = replay("gemini", Replay(b"x" * (2 << 20), size=65536))[-1]
     assert isinstance(error, cliproxy.Crashed) and error.message.startswith("gemini wrote a line of over 1 MiB")
+
+
+def test_more_on_a_terminal_than_an_answer_can_be_is_an_error(monkeypatch):
+    monkeypatch.setattr(cliproxy, "MAX_PRINTED", 3 << 20)
+    lines = Replay(b"a" * 9999 + b"\n" + b"b" * (3 << 20), size=65536)
+    error = replay("claude", lines, row={"driver": "text", "argv": []}, driver="text")[-1]
+    assert isinstance(error, cliproxy.Crashed)
+    assert error.message.startswith("claude printed more than 3 MiB")
 
 
 def said_by(name, said, status=None, kind=""):
