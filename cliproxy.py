@@ -9534,10 +9534,10 @@ class Handler(BaseHTTPRequestHandler):
                                             for _ in range(request.params.get("n", 1))])
 
     def _session_name(self) -> str:
-        """The X-Session-Id header; for "new" one that nobody can guess."""
-        name = self.headers.get("X-Session-Id", "").strip()
+        """The X-Cliproxy-Session header; for "new" one that nobody can guess."""
+        name = self.headers.get("X-Cliproxy-Session", "").strip()
         if len(name) > 200 or not (name.isascii() and name.isprintable()):
-            raise BadRequest("X-Session-Id is not a name", "it is over 200 characters long, or not of printable ASCII", param="X-Session-Id")
+            raise BadRequest("X-Cliproxy-Session is not a name", "it is over 200 characters long, or not of printable ASCII", param="X-Cliproxy-Session")
         return "sess_" + uuid.uuid4().hex if name == "new" else name
 
     def _reset_breakers(self, path: str) -> None:
@@ -9648,7 +9648,7 @@ class Handler(BaseHTTPRequestHandler):
         if first.checkpoint:
             headers["x-cliproxy-checkpoint"] = first.checkpoint
         if first.request.session:
-            headers["X-Session-Id"] = first.request.session
+            headers["X-Cliproxy-Session"] = first.request.session
         if params:
             headers["x-cliproxy-params"] = ", ".join(params)
         if "," in first.route:

@@ -6859,7 +6859,7 @@ def test_a_session_goes_on_across_a_call_with_nothing_but_the_result(staying):
 def test_a_session_takes_the_call_once_more_with_its_result(staying):
     proxy = staying("codex")
     proxy.play("codex", runs=[[["begin"], PARIS, ["end"]], DEFAULT_SCRIPT["steps"]])
-    headers = {"X-Session-Id": "once-more"}
+    headers = {"X-Cliproxy-Session": "once-more"}
     turns, ids = answered_calls(ONE, with_tools(proxy, "codex", ONE, headers=headers), "rain")
     assert with_tools(proxy, "codex", turns[1:], headers=headers).text == "".join(HELLO)
     assert exchange(asked(proxy, "codex", 1), "codex") == [("user", "Weather?"), ("call", ids[0], "get_weather", {"city": "Paris"}), ("result", ids[0], "rain")]
@@ -7434,7 +7434,7 @@ def test_the_hash_is_of_the_turns_and_nothing_else():
 
 
 def in_session(proxy, name, text, key="", **body):
-    return proxy.ask("claude", text, headers={"X-Session-Id": name, **({"Authorization": "Bearer " + key} if key else {})}, **body)
+    return proxy.ask("claude", text, headers={"X-Cliproxy-Session": name, **({"Authorization": "Bearer " + key} if key else {})}, **body)
 
 
 PARTS = (FilePart("application/pdf", PDF, "x.pdf"), TextPart("é"), ImagePart("image/png", PIXEL), CallPart("1", "look", "{}"), ResultPart("1", "look", "seen"))
@@ -7468,7 +7468,7 @@ def test_a_session_goes_on_with_only_the_new_turn(staying):
     proxy = staying("claude", alone=True)
     for number, text in enumerate(("one", "two", "three")):
         answered = in_session(proxy, "mine", text, stream=number == 1)
-        assert answered.status == 200 and answered.headers["X-Session-Id"] == "mine"
+        assert answered.status == 200 and answered.headers["X-Cliproxy-Session"] == "mine"
         words = [w for earlier in ("one", "two", "three")[:number] for w in (("user", earlier), ("assistant", "".join(HELLO)))]
         assert conversation(asked(proxy, "claude", number)) == [*words, ("user", text)]
     assert logged(proxy, 2)["in_session"] == "1"
@@ -7496,7 +7496,7 @@ def test_a_session_goes_on_after_a_restart_with_another_model_and_by_another_pro
     assert in_session(proxy, "mine", "one").status == 200
     proxy.stop(signal.SIGKILL)
     again = serve(["--route", "two=claude,gemini"], clis=["claude", "gemini"], scripts={"claude": {"steps": BUSY}, "gemini": {"reveal": True}}, env={"XDG_STATE_HOME": proxy.env["XDG_STATE_HOME"]})
-    answered = again.ask("two", "two", headers={"X-Session-Id": "mine"})
+    answered = again.ask("two", "two", headers={"X-Cliproxy-Session": "mine"})
     assert answered.headers["x-cliproxy-provider"] == "gemini"
     seen = again.given("gemini")
     assert all(words in seen["files"]["history.jsonl"] for words in ('"one"', json.dumps("".join(HELLO)))) and seen["stdin"] == "two"
@@ -7509,7 +7509,7 @@ def test_a_turn_that_fails_or_that_nobody_waits_for_leaves_no_trace(proxy):
     assert in_session(proxy, "traces", "two").status == 503
     proxy.play("claude", ["begin"], ["say", ["w"]], ["wait", "never"])
     with proxy.connect() as s:
-        s.sendall(as_http({"model": "claude", "stream": True, "messages": [{"role": "user", "content": "three"}]}, "X-Session-Id: traces"))
+        s.sendall(as_http({"model": "claude", "stream": True, "messages": [{"role": "user", "content": "three"}]}, "X-Cliproxy-Session: traces"))
         until(s, b'"w"')
     proxy.play("claude")
     assert in_session(proxy.reset(), "traces", "four").status == 200       # waits until the lock is free
@@ -7521,7 +7521,7 @@ def test_requests_in_one_session_are_served_one_after_the_other(proxy):
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(proxy.connect()) for _ in range(4)]
         for i, s in enumerate(sockets):
-            s.sendall(as_http({"model": "claude", "stream": True, "messages": [{"role": "user", "content": str(i)}]}, "X-Session-Id: queue"))
+            s.sendall(as_http({"model": "claude", "stream": True, "messages": [{"role": "user", "content": str(i)}]}, "X-Cliproxy-Session: queue"))
         eventually("one runs", lambda: proxy.runs("claude") == 1)
         assert still(lambda: proxy.runs("claude")) == 1
         proxy.touch("go")
@@ -7541,11 +7541,11 @@ def test_a_session_belongs_to_the_key_that_made_it(serve):
     assert in_session(proxy, "third", "x", "k1").error == (413, "invalid_request_error", "session_full", None)
     assert proxy.request("DELETE", "/v1/sessions/mine", headers={"Authorization": "Bearer k1"}).status == 200
     answered = in_session(proxy, "new", "x", "k1")
-    assert re.fullmatch("sess_[0-9a-f]{32}", answered.headers["X-Session-Id"])
-    assert proxy.request("GET", "/v1/sessions/" + answered.headers["X-Session-Id"], headers={"Authorization": "Bearer k2"}).status == 404
+    assert re.fullmatch("sess_[0-9a-f]{32}", answered.headers["X-Cliproxy-Session"])
+    assert proxy.request("GET", "/v1/sessions/" + answered.headers["X-Cliproxy-Session"], headers={"Authorization": "Bearer k2"}).status == 404
     proxy.play("claude", ["begin"], ["say", ["w"]], ["wait", "go"], ["end"])
     with proxy.connect() as s:
-        s.sendall(as_http({"model": "claude", "stream": True, "messages": [{"role": "user", "content": "y"}]}, "X-Session-Id: mine", "Authorization: Bearer k2"))
+        s.sendall(as_http({"model": "claude", "stream": True, "messages": [{"role": "user", "content": "y"}]}, "X-Cliproxy-Session: mine", "Authorization: Bearer k2"))
         until(s, b'"w"')
         assert proxy.request("DELETE", "/v1/sessions/mine", headers={"Authorization": "Bearer k2"}).error[2] == "session_busy"
         busy = in_session(proxy, "mine", "z", "k2")
@@ -7630,7 +7630,7 @@ def test_a_conversation_that_is_too_long_goes_on_with_a_summary_that_is_made_onc
 def test_a_session_keeps_its_originals_and_the_summary_of_them(proxy):
     proxy.play("claude-small", *say("NOTES"), ["end"])
     for i in range(8):
-        answered = proxy.ask("claude-small", f"turn {i} " + "word " * 300, headers={"X-Session-Id": "long"})
+        answered = proxy.ask("claude-small", f"turn {i} " + "word " * 300, headers={"X-Cliproxy-Session": "long"})
         assert answered.status == 200
     assert answered.headers["x-cliproxy-checkpoint"].startswith("turns=2-")
     messages = proxy.request("GET", "/sessions/long").json["messages"]
@@ -7647,7 +7647,7 @@ def test_a_summary_that_fails_fails_the_request_and_without_checkpoints_the_serv
     for path in glob.glob(proxy.path("claude-small.run.*")):
         os.unlink(path)
     turns = long_turns(9)                   # more than 70 % of the window, and less than all of it
-    answered = proxy.ask("claude-small", turns, headers={"X-Session-Id": "tight"})
+    answered = proxy.ask("claude-small", turns, headers={"X-Cliproxy-Session": "tight"})
     assert answered.text == "fine" and answered.headers["x-cliproxy-checkpoint"] is None and len(proxy.lines("event=checkpoint-failed")) == 1
     other = serve(["--no-checkpoint"], clis=["claude"], providers={"claude": one_shot("claude", context={"*": 4000})}, scripts={"claude": {"reveal": True}})
     assert other.ask("claude", long_turns(21)).headers["x-cliproxy-checkpoint"] is None and other.runs("claude") == 1
@@ -7655,8 +7655,16 @@ def test_a_summary_that_fails_fails_the_request_and_without_checkpoints_the_serv
 
 @pytest.mark.parametrize("name", ["x" * 201, "a\tb", "k\u00fcche"])
 def test_a_session_has_a_name_that_can_be_shown(proxy, name):
-    assert in_session(proxy, name, "x").error == (400, "invalid_request_error", "invalid_value", "X-Session-Id")
+    assert in_session(proxy, name, "x").error == (400, "invalid_request_error", "invalid_value", "X-Cliproxy-Session")
     assert in_session(proxy, "many", "x", n=2).error == (400, "invalid_request_error", "invalid_value", "n")
+
+
+@pytest.mark.parametrize("header", ["X-Session-Id", "x-session-affinity", "session-id", "thread-id", "X-Claude-Code-Session-Id"])
+def test_a_header_that_clients_send_by_themselves_keeps_no_history(proxy, header):
+    for words in ("first", "second"):
+        answered = proxy.ask("claude", words, headers={header: "theirs"})
+        assert answered.status == 200 and "X-Cliproxy-Session" not in answered.headers
+    assert proxy.request("GET", "/v1/sessions/theirs").status == 404
 
 
 # === Dialects ========================================================================================================
@@ -9897,13 +9905,13 @@ def test_a_session_goes_from_one_real_cli_to_the_next_and_over_a_kill(request, s
         if number == 5:                         # in the middle of an answer, which then never was
             model.script = ["lost ", HOLD]
             with proxy.connect() as s:
-                s.sendall(as_http({"model": name, "stream": True, "messages": [{"role": "user", "content": "lost"}]}, "X-Session-Id: mine"))
+                s.sendall(as_http({"model": name, "stream": True, "messages": [{"role": "user", "content": "lost"}]}, "X-Cliproxy-Session: mine"))
                 until(s, b"lost ")
                 proxy.process.kill()
                 proxy.process.wait(LIMIT)
             proxy = serve_real(XDG_STATE_HOME=proxy.env["XDG_STATE_HOME"])
         model.script = [f"answer {number}"]
-        answered = proxy.ask(name, f"turn {number}", headers={"X-Session-Id": "mine"})
+        answered = proxy.ask(name, f"turn {number}", headers={"X-Cliproxy-Session": "mine"})
         assert answered.text == f"answer {number}"
         said_so_far.append(("user", f"turn {number}"))
         assert talk_of(model, name) == said_so_far
