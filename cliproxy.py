@@ -9314,6 +9314,12 @@ def log(**fields: Any) -> None:
     sys.stderr.write(f"time={time.strftime('%Y-%m-%dT%H:%M:%S')} {' '.join(words)}\n")
 
 
+MAX_HEAD = 64 << 10         # bytes of all headers of a request; browsers and servers stop at 8 to 64 KiB
+# RFC 9112: a method, a target without spaces, a version; a token, a colon right behind it, a value without control characters.
+REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~\x80-\xff]+ HTTP/[0-9]+\.[0-9]+\r?\n")
+HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r?\n")
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection: HTTP/1.1 with keep-alive. The only place with a broad `except`: a fault in one request must not end the rest."""
 
@@ -9356,9 +9362,63 @@ class Handler(BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         self._reader.deadline = time.monotonic() + HEAD_SECONDS
         self._began = time.monotonic()
-        parsed = super().parse_request()
-        self._unread = parsed and ("Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0")
-        return parsed
+        self.command = self.path = self.requestline = ""      # for an error before they are known
+        self.request_version = self.default_request_version
+        connection = self.rfile
+        try:
+            self.rfile = io.BytesIO(self._request_head())       # type: ignore[assignment]
+            if not super().parse_request():
+                return False
+            self._check_framing()
+        except BadRequest as e:
+            self._unread = True
+            self._send_error(e)
+            return False
+        finally:
+            self.rfile = connection
+        self._unread = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+        return True
+
+    def _request_head(self) -> bytes:
+        """The header lines as they came, to the empty line. http.server reads them leniently: it joins folded lines, and stops
+        at one without a colon. What two servers may read in two ways is refused (RFC 9112, sections 2.2, 3, 5)."""
+        if not REQUEST_LINE.fullmatch(self.raw_requestline):
+            raise BadRequest("the request line is not HTTP", f"found {_show(self.raw_requestline[:80].decode('latin-1'))}",
+                             "send METHOD TARGET HTTP/1.1", code="bad_request_line", close=True)
+        lines = []
+        left = MAX_HEAD
+        while True:
+            line = self.rfile.readline(left + 1)
+            left -= len(line)
+            if left < 0:
+                error = BadRequest("the headers are too large", f"the limit is {MAX_HEAD >> 10} KiB in all", code="headers_too_large", close=True)
+                error.status = 431
+                raise error
+            lines.append(line)
+            if line in (b"\r\n", b"\n"):
+                return b"".join(lines)
+            if not HEADER_LINE.fullmatch(line):
+                raise BadRequest("a header line is not HTTP", f"found {_show(line[:80].decode('latin-1'))}",
+                                 "send NAME: VALUE, on one line", code="bad_header", close=True)
+
+    def _check_framing(self) -> None:
+        """Refuse a request whose end two servers may see in two places (RFC 9112, section 6.3; RFC 9110, section 7.2 on Host)."""
+        lengths = self.headers.get_all("Content-Length", [])
+        codings = self.headers.get_all("Transfer-Encoding", [])
+        hosts = self.headers.get_all("Host", [])
+        wrong = ""
+        if len(lengths) > 1 or lengths and not re.fullmatch("[0-9]{1,100}", lengths[0].strip(" \t"), re.A):
+            wrong = f"Content-Length is {', '.join(map(_show, lengths))}; it must be one number"
+        elif codings and [coding.lower() for coding in codings] != ["chunked"]:
+            wrong = f"Transfer-Encoding is {', '.join(map(_show, codings))}; only chunked is understood"
+        elif codings and lengths:
+            wrong = "it has both a Content-Length and a Transfer-Encoding"
+        elif codings and self.request_version == "HTTP/1.0":
+            wrong = "HTTP/1.0 has no Transfer-Encoding"
+        elif len(hosts) > 1:
+            wrong = "it has more than one Host"
+        if wrong:
+            raise BadRequest("it is not clear where the request ends, or for whom it is", wrong, close=True)
 
     def handle_expect_100(self) -> bool:
         self._expects_continue = True   # sent when the body is read, so that a refused request never sends its body
@@ -9480,10 +9540,7 @@ class Handler(BaseHTTPRequestHandler):
             name = path[len("/models/"):]
             return self._send_json(200, self._model(name, dict(router.models()).get(name) or router.cascade(name)[0].provider.name))
         if path in ("/health", "/"):
-            return self._send_json(200, {"status": "stopping" if self.server.state.stopping.is_set() else "ok", "version": VERSION,
-                                         "providers": [p.name for p in router.installed()],
-                                         "breakers": {key: {"state": row["state"], "retry_after": row["retry_after"]}
-                                                      for key, row in router.breakers.table().items() if row["state"] != "closed"}})
+            return self._send_json(200, self._health())
         if path == "/usage":
             return self._send_json(200, router.ledger.table())
         if path == "/sessions":
@@ -9493,6 +9550,21 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/admin/breakers":
             return self._send_json(200, {"object": "list", "data": [{"id": key, **row} for key, row in router.breakers.table().items()]})
         self._refuse_method(path)
+
+    def _health(self) -> Dict[str, Any]:
+        """What a health check needs. Who has shown no key, where there are keys, is told nothing of what others ask."""
+        state = self.server.state
+        known = {"status": "stopping" if state.stopping.is_set() else "ok", "version": VERSION}
+        if state.settings.keys and not self._has_key():
+            return known
+        breakers = {key: {"state": row["state"], "retry_after": row["retry_after"]}
+                    for key, row in state.router.breakers.table().items() if row["state"] != "closed"}
+        return {**known, "providers": [p.name for p in state.router.installed()], "breakers": breakers}
+
+    def _has_key(self) -> bool:
+        with contextlib.suppress(Unauthorized):
+            return bool(self._key_id())
+        return False
 
     def _delete(self, path: str) -> None:
         if not path.startswith("/sessions/"):
@@ -9592,7 +9664,7 @@ class Handler(BaseHTTPRequestHandler):
                     pass
                 return b"".join(pieces)
             piece = self.rfile.read(n)
-            if len(piece) < n or self.rfile.readline(8).strip():
+            if len(piece) < n or self.rfile.readline(2) not in (b"\r\n", b"\n"):
                 raise BadRequest("the body's chunked encoding is broken", "a chunk is not as long as it says", close=True)
             pieces.append(piece)
 

@@ -8223,6 +8223,15 @@ def test_health_names_what_is_installed(proxy):
         assert proxy.request("GET", path).json == {"status": "ok", "version": cliproxy.VERSION, "providers": [*BUILTIN_NAMES, *VARIANTS], "breakers": {}}
 
 
+def test_health_tells_who_has_no_key_nothing_of_others(serve):
+    proxy = serve(["--api-key", "k"], clis=("claude",))
+    known = {"status": "ok", "version": cliproxy.VERSION}
+    assert proxy.request("GET", "/health").json == known
+    assert proxy.request("GET", "/health", headers={"Authorization": "Bearer wrong"}).json == known
+    assert proxy.request("GET", "/health", headers={"Authorization": "Bearer k"}).json.keys() == {*known, "providers", "breakers"}
+    assert proxy.request("GET", "/").status == 401
+
+
 def test_many_requests_go_over_one_connection(proxy):
     chat = as_http({"model": "claude", "messages": HI})
     with proxy.connect() as s, s.makefile("rb") as f:
@@ -8258,7 +8267,7 @@ def test_a_connection_that_is_to_be_closed_is_closed(proxy):
 
 
 @pytest.mark.parametrize("data, status", [
-    (b"GARBAGE\r\n\r\n", 400), (b"GET /v1/models\r\n\r\n", 403), (b"GET /v1/models HTTP/x.y\r\n\r\n", 400), (b"GET /v1/models HTTP/2.0\r\n\r\n", 505), (b"FLY /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
+    (b"GARBAGE\r\n\r\n", 400), (b"GET /v1/models\r\n\r\n", 400), (b"GET /v1/models HTTP/x.y\r\n\r\n", 400), (b"GET /v1/models HTTP/2.0\r\n\r\n", 505), (b"FLY /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
     (b"GET /v1/models HTTP/1.1 x\r\n\r\n", 400), (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", 414), (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70000 + b"\r\n\r\n", 431),
     (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X-%d: x\r\n" % i for i in range(200)) + b"\r\n", 431), (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400)],
     ids=["word", "0.9", "version", "http2", "method", "four words", "long line", "long header", "many headers", "tls"])
@@ -8333,7 +8342,32 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(proxy, headers, b
 def test_a_body_of_unknown_length_is_refused(proxy, headers):
     data = "\r\n".join(["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers]).encode("latin-1") + b"\r\n\r\n"
     answers = proxy.raw(data, 2)
-    assert [a.error for a in answers] == [(400, "invalid_request_error", "invalid_value", None)] and answers[0].message.startswith("the request has no length")
+    assert [a.error for a in answers] == [(400, "invalid_request_error", "invalid_value", None)]
+    assert answers[0].message.startswith(("the request has no length", "it is not clear where the request ends"))
+
+
+LONG = "Content-Length: 2"
+CHUNKED = "Transfer-Encoding: chunked"
+CODING = "Transfer-Encoding: "
+
+
+@pytest.mark.parametrize("lines", [
+    [LONG, CHUNKED], [LONG, CHUNKED + " "], [LONG, CODING + "gzip, chunked"], [LONG, CODING + "xchunked"], [CHUNKED, CODING + "identity"],
+    [CODING + "identity", CHUNKED], [CHUNKED, CHUNKED], [LONG, LONG], [LONG, "Content-Length: 3"], ["Content-Length : 2"], [" " + LONG],
+    ["X: a", " folded", LONG], ["X: a\rb", LONG], ["X: a\0b", LONG], ["X\0: a", LONG], ["no colon", LONG], [": no name", LONG],
+    [LONG, "Host: other"], ["Content-Length: 0x2"], ["Content-Length: 2,2"], ["Content-Length: "]])
+@pytest.mark.parametrize("method", ["POST /v1/chat/completions", "GET /v1/models"])
+def test_a_request_that_two_servers_may_read_in_two_ways_is_refused_and_the_connection_closed(proxy, method, lines):
+    smuggled = "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = "\r\n".join([f"{method} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *lines, "", ""])
+    answers = proxy.raw((head + "{}" + smuggled).encode("latin-1"), 2)
+    assert [a.status for a in answers] == [400] and answers[0].error[1] == "invalid_request_error"
+    assert answers[0].headers["Connection"] == "close"
+
+
+def test_http_1_0_has_no_chunks(proxy):
+    answers = proxy.raw(head(CHUNKED).replace(b"HTTP/1.1", b"HTTP/1.0") + b"2\r\n{}\r\n0\r\n\r\n", 2)
+    assert [a.status for a in answers] == [400]
 
 
 def test_a_client_that_sends_on_what_was_refused_still_gets_the_answer(proxy):
