@@ -5511,6 +5511,9 @@ def state_directory(chosen: str, environ: Mapping[str, str]) -> str:
         environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state"), "cliproxy")
 
 
+CLOCK_STEP = 2 * 86400.0    # seconds that the believed time moves on at most from one look, of which there is one a day, to the next
+
+
 class FileStore:
     """One JSON file for each object, DIRECTORY/KIND/NAME.json (0600, in directories of 0700). For any thread, and for several proxies."""
 
@@ -5518,6 +5521,7 @@ class FileStore:
 
     def __init__(self, directory: str, log: Callable[..., None] = lambda **kw: None):
         self._directory, self._log = directory, log
+        self._clock = os.path.join(directory, "clock")      # an empty file: when it was last changed is a time that was believed
 
     def _path(self, kind: str, name: str, end: str = ".json") -> str:
         assert re.fullmatch("[a-z0-9-]{1,64}", name), name
@@ -5541,10 +5545,7 @@ class FileStore:
             return None
         if value["version"] > STATE_VERSION:
             raise StateTooNew(f"{path} was written by a newer cliproxy (format {value['version']}; this one knows {STATE_VERSION})")
-        if value.get("expires", math.inf) <= time.time():
-            self.delete(kind, name)
-            return None
-        return value
+        return value if value.get("expires", math.inf) > time.time() else None
 
     def set_aside(self, kind: str, name: str, why: str) -> None:
         """Keep what is there under another name, because it makes no sense."""
@@ -5572,6 +5573,8 @@ class FileStore:
                 os.unlink(new)
                 raise
             self._sync(os.path.dirname(path))
+            if not os.path.exists(self._clock):
+                self._mark(time.time())
         except OSError as e:
             raise StateUnavailable(f"{path} cannot be written", e.strerror or str(e), "make room, or choose another directory with --state") from None
 
@@ -5604,10 +5607,11 @@ class FileStore:
     def tidy(self) -> None:
         """Remove sessions whose time is over, the locks of those that are no more, and what writes that were killed have left: files under
         a temporary name that are older than an hour."""
+        now = self._believed_time()
         for kind in ("sessions", "checkpoints"):
             for name in self.names(kind):
                 with contextlib.suppress(StateUnavailable, StateTooNew):
-                    self.load(kind, name)
+                    self._delete_expired(kind, name, now)
         for path in glob.glob(os.path.join(glob.escape(self._directory), "sessions", "*.lock")):
             with contextlib.suppress(OSError, StateUnavailable):
                 fd = None if os.path.exists(path[:-5] + ".json") else self._try_lock(path)
@@ -5618,6 +5622,32 @@ class FileStore:
             with contextlib.suppress(OSError):
                 if time.time() - os.stat(path).st_mtime > 3600:
                     os.unlink(path)
+
+    def _delete_expired(self, kind: str, name: str, now: float) -> None:
+        path = self._path(kind, name)
+        with contextlib.suppress(OSError, ValueError, RecursionError):      # what cannot be read is for load() to tell of
+            with open(path, encoding="utf-8") as f:
+                value = json.load(f)
+            expires = value.get("expires") if isinstance(value, dict) else None
+            if isinstance(expires, (int, float)) and expires <= now and value.get("version", 0) <= STATE_VERSION:
+                self.delete(kind, name)
+
+    def _believed_time(self) -> float:
+        """The time by which something may be deleted: now, but at most CLOCK_STEP after the time that was believed before.
+
+        A clock that is once years ahead (a board without a battery, a wrong time server) would delete everything for good."""
+        now = time.time()
+        try:
+            believed = min(now, os.stat(self._clock).st_mtime + CLOCK_STEP)
+            self._mark(believed)
+        except OSError:                     # nothing has been saved yet, or nothing can be written
+            return 0.0
+        return believed
+
+    def _mark(self, believed: float) -> None:
+        with open(self._clock, "a"):
+            pass
+        os.utime(self._clock, (believed, believed))
 
     def lock(self, kind: str, name: str, scope: Scope, wait: bool = True) -> Generator[Waiting, None, Hold]:
         """Returns a hold of the object's lock, which no other request or proxy then has; waits for the scope's `queue` time, with a
@@ -5658,6 +5688,10 @@ class FileStore:
             raise StateUnavailable(f"{path} cannot be written", e.strerror or str(e), "choose another directory with --state") from None
 
     def unlock(self, kind: str, name: str, hold: Hold) -> None:
+        """Let go of the lock. Its file goes too if the object does not exist, or names that were asked for once would fill the disk."""
+        if not os.path.exists(self._path(kind, name)):
+            with contextlib.suppress(OSError):
+                os.unlink(self._path(kind, name, ".lock"))      # while it is held: who waits for it sees that, and makes a new one
         os.close(hold.fd)
 
     def close(self) -> None:
@@ -9314,6 +9348,7 @@ def log(**fields: Any) -> None:
     sys.stderr.write(f"time={time.strftime('%Y-%m-%dT%H:%M:%S')} {' '.join(words)}\n")
 
 
+MAX_BODY_DEPTH = MAX_DEPTH + 20     # levels of a body: a schema of MAX_DEPTH, and what it stands in
 MAX_HEAD = 64 << 10         # bytes of all headers of a request; browsers and servers stop at 8 to 64 KiB
 # RFC 9112: a method, a target without spaces, a version; a token, a colon right behind it, a value without control characters.
 REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~\x80-\xff]+ HTTP/[0-9]+\.[0-9]+\r?\n")
@@ -9596,6 +9631,8 @@ class Handler(BaseHTTPRequestHandler):
             body = json.loads(self._body(), parse_constant=no_number, parse_float=finite)
         except (ValueError, RecursionError) as e:       # no UTF-8, no JSON, NaN, 1e999, a number of 5,000 digits
             raise BadRequest("we could not parse the JSON body of your request", str(e), code="invalid_json") from None
+        if _deeper_than(body, MAX_BODY_DEPTH):      # what is made of it later needs more of the stack than reading it
+            raise BadRequest("the JSON body of your request is nested too deeply", f"the limit is {MAX_BODY_DEPTH} levels", code="invalid_json")
         request, state = dialect.parse(body, self._fields.get("key", "")), self.server.state
         deadline, most = time.monotonic() + FETCH_SECONDS, min(FETCH_BYTES, state.settings.max_body)
         request = with_fetched(request, (lambda url, path: fetched(url, path, most, deadline)) if state.settings.image_urls else None, state.settings.max_body)

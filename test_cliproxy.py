@@ -3910,7 +3910,34 @@ def test_state_is_read_as_it_was_written_and_nobody_else_may_read_it(store, tmp_
 
 def test_state_is_gone_after_its_time(store):
     store.save("sessions", "a", {}, -1)
-    assert store.load("sessions", "a") is None and store.names("sessions") == []
+    assert store.load("sessions", "a") is None
+    store.tidy()
+    assert store.names("sessions") == []
+
+
+def test_a_clock_that_is_ahead_once_deletes_nothing_and_one_that_stays_there_is_believed_in_steps(store, monkeypatch):
+    real, ahead = time.time, [400 * 86400.0]
+    store.save("sessions", "a", {"n": 1}, 3 * 86400)
+    monkeypatch.setattr(cliproxy.time, "time", lambda: real() + ahead[0])
+    store.tidy()
+    assert store.load("sessions", "a") is None and store.names("sessions") == ["a"]
+    ahead[0] = 0.0
+    store.tidy()
+    assert store.load("sessions", "a")["n"] == 1
+    ahead[0] = 400 * 86400.0
+    store.tidy()
+    assert store.names("sessions") == ["a"]
+    store.tidy()
+    assert store.names("sessions") == []
+
+
+def test_a_name_that_was_asked_for_once_leaves_no_lock(proxy):
+    folder = os.path.join(proxy.env["XDG_STATE_HOME"], "cliproxy", "sessions")
+    before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    for i in range(3):
+        assert proxy.request("DELETE", f"/v1/sessions/never-{i}").status == 404
+        assert proxy.ask("no-such-model", headers={"X-Cliproxy-Session": f"never-{i}"}).status == 404
+    assert set(os.listdir(folder)) <= before
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "open"])
@@ -8274,6 +8301,14 @@ def test_a_connection_that_is_to_be_closed_is_closed(proxy):
 def test_a_head_that_is_no_http_is_answered_as_an_error_and_the_connection_closed(proxy, data, status):
     answers = proxy.raw(data, 2)
     assert [a.status for a in answers] == [status] and answers[0].error[:2] == (status, "invalid_request_error") and answers[0].headers["Connection"] == "close"
+
+
+@pytest.mark.parametrize("field", ["seed", "logit_bias", "model", "temperature", "stop", "tools", "response_format", "tool_choice", "input"])
+@pytest.mark.parametrize("depth", [300, 900, 970])
+def test_a_value_that_is_nested_too_deeply_is_a_400(proxy, field, depth):
+    value = "[" * depth + "]" * depth
+    answered = proxy.post(f'{{"model": "claude", "messages": [{{"role": "user", "content": "Hi"}}], "{field}": {value}}}'.encode())
+    assert answered.error == (400, "invalid_request_error", "invalid_json", None)
 
 
 @pytest.mark.parametrize("body, words", [
