@@ -8381,16 +8381,16 @@ def test_a_body_of_unknown_length_is_refused(proxy, headers):
     assert answers[0].message.startswith(("the request has no length", "it is not clear where the request ends"))
 
 
-LONG = "Content-Length: 2"
+LENGTH = "Content-Length: 2"
 CHUNKED = "Transfer-Encoding: chunked"
 CODING = "Transfer-Encoding: "
 
 
 @pytest.mark.parametrize("lines", [
-    [LONG, CHUNKED], [LONG, CHUNKED + " "], [LONG, CODING + "gzip, chunked"], [LONG, CODING + "xchunked"], [CHUNKED, CODING + "identity"],
-    [CODING + "identity", CHUNKED], [CHUNKED, CHUNKED], [LONG, LONG], [LONG, "Content-Length: 3"], ["Content-Length : 2"], [" " + LONG],
-    ["X: a", " folded", LONG], ["X: a\rb", LONG], ["X: a\0b", LONG], ["X\0: a", LONG], ["no colon", LONG], [": no name", LONG],
-    [LONG, "Host: other"], ["Content-Length: 0x2"], ["Content-Length: 2,2"], ["Content-Length: "]])
+    [LENGTH, CHUNKED], [LENGTH, CHUNKED + " "], [LENGTH, CODING + "gzip, chunked"], [LENGTH, CODING + "xchunked"], [CHUNKED, CODING + "identity"],
+    [CODING + "identity", CHUNKED], [CHUNKED, CHUNKED], [LENGTH, LENGTH], [LENGTH, "Content-Length: 3"], ["Content-Length : 2"], [" " + LENGTH],
+    ["X: a", " folded", LENGTH], ["X: a\rb", LENGTH], ["X: a\0b", LENGTH], ["X\0: a", LENGTH], ["no colon", LENGTH], [": no name", LENGTH],
+    [LENGTH, "Host: other"], ["Content-Length: 0x2"], ["Content-Length: 2,2"], ["Content-Length: "]])
 @pytest.mark.parametrize("method", ["POST /v1/chat/completions", "GET /v1/models"])
 def test_a_request_that_two_servers_may_read_in_two_ways_is_refused_and_the_connection_closed(proxy, method, lines):
     smuggled = "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
